@@ -1,0 +1,1 @@
+"""Every knob, once: the dataclasses of `schema`, read from YAML by `load`, strict about unknown keys."""

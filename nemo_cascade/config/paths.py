@@ -1,0 +1,70 @@
+"""Where configuration lives and how files are written so that a crash never leaves half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from nemo_cascade.types import UserError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+NANO = PACKAGE / "models" / "nano"
+NANO_TOKENIZER = NANO / "tokenizer"
+PACKAGED = {"nano": NANO / "base", "nano_judge": NANO / "judge"}
+"""Short names after `hf:` that mean a folder of the package."""
+
+
+def conf_dir() -> Path:
+    """The folder with cascade/, stage/, model/ and hardware/: the checkout's own, else the installed copy."""
+    checkout = PACKAGE.parent / "conf"
+    return checkout if (checkout / "cascade").is_dir() else PACKAGE / "conf"
+
+
+def hf_folder(reference: str) -> Path:
+    """The Hugging Face folder behind `hf:nano`, `hf:nano_judge` or `hf:PATH` (relative to the working folder)."""
+    name = reference.removeprefix("hf:")
+    return PACKAGED.get(name, Path(name).expanduser())
+
+
+def tokenizer_folder(*candidates: Path | None) -> Path:
+    """The first of `candidates` that holds a tokenizer.json, else the nano tokenizer."""
+    for folder in candidates:
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return folder
+    return NANO_TOKENIZER
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file completely or not at all: aside, synced, renamed.
+
+    A full disk is the user's to repair, so it becomes one line that names the folder; the old content stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise explain_os_error(error, path) from error
+
+
+def explain_os_error(error: OSError, path: Path) -> UserError:
+    """An operating system's refusal as one line with its remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path.parent}: no space left while writing {path.name}; free space and run again, finished work is kept")
+    return UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)}); check the folder and its permissions")

@@ -1,0 +1,1 @@
+"""The training loops: `sft`, `grpo`, `mopd`. Each fits one screen and sees only the protocols."""

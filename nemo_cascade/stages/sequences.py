@@ -1,0 +1,68 @@
+"""From groups of rollouts to the token sequences that the Learner packs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from nemo_cascade.protocols import Learner
+from nemo_cascade.types import Group, Invalid
+from nemo_cascade.types import Sequence as TokenSequence
+
+
+def as_sequences(
+    groups_P: Sequence[Group],
+    advantages_P_G: Sequence[Sequence[float | None]] | None = None,
+    teachers: Mapping[str, str] | None = None,
+) -> list[TokenSequence]:
+    """Every rollout that is in the loss, with its advantage on each sampled token.
+
+    Invalid rollouts and those that overlong filtering took out are left out here; they have already had their part (or
+    none) in the baseline. MOPD has no advantages: `teachers` maps a domain to the folder that scores its tokens.
+    """
+    sequences = []
+    for index, group in enumerate(groups_P):
+        for sample, (rollout, kept) in enumerate(zip(group.rollouts, group.in_loss, strict=True)):
+            advantage = 0.0 if advantages_P_G is None else advantages_P_G[index][sample]
+            if not kept or advantage is None or isinstance(rollout.outcome, Invalid) or rollout.num_sampled == 0:
+                continue
+            sequences.append(
+                TokenSequence(
+                    token_ids=rollout.token_ids,
+                    loss_mask=rollout.loss_mask,
+                    advantages=tuple(advantage * mask for mask in rollout.loss_mask),
+                    sampler_logprobs=rollout.logprobs,
+                    group=index,
+                    teacher=teachers[group.task.domain] if teachers else "",
+                )
+            )
+    return sequences
+
+
+def with_reference(sequences: Sequence[TokenSequence], learner: Learner, reference: str | None) -> list[TokenSequence]:
+    """The same sequences with the reference's log-probabilities; the reference borrows the policy's parameters."""
+    if reference is None:
+        return list(sequences)
+    with learner.using(reference):
+        logprobs = learner.logprobs(sequences)
+    return [
+        dataclasses.replace(sequence, reference_logprobs=tuple(values))
+        for sequence, values in zip(sequences, logprobs, strict=True)
+    ]
+
+
+def with_teachers(
+    sequences: Sequence[TokenSequence], folders: Iterable[str], learner: Learner
+) -> list[TokenSequence]:
+    """The same sequences with log p_teacher of every token; the sequences of one teacher are scored in one visit.
+
+    Every rank visits every folder in the same order, also with no sequence of its own, because the ranks act together.
+    """
+    scored = list(sequences)
+    for folder in sorted(set(folders)):
+        mine = [index for index, sequence in enumerate(sequences) if sequence.teacher == folder]
+        with learner.using(folder):
+            logprobs = learner.logprobs([sequences[index] for index in mine])
+        for index, values in zip(mine, logprobs, strict=True):
+            scored[index] = dataclasses.replace(sequences[index], teacher_logprobs=tuple(values))
+    return scored

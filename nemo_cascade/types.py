@@ -1,0 +1,267 @@
+"""The typed records that cross every arrow of the pipeline. No torch at run time, no dict bags.
+
+Shape suffixes used throughout the package: `_P` prompts, `_G` rollouts of one prompt, `_T` tokens, `_B` packed rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+Role = Literal["system", "user", "assistant", "tool"]
+Split = Literal["train", "select", "report"]
+Finish = Literal["stop", "length"]
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: one line that names the file, the key and the remedy. The CLI prints it and exits 2."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One function call of an assistant turn."""
+
+    name: str
+    arguments: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `reasoning` is the text inside <think>, `content` what the user sees."""
+
+    role: Role
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function offered to the model; `parameters` is its JSON schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row: the prompt, the tools, and what its verifier needs.
+
+    `id` is unique within a domain and stable between runs. `truth` holds the verifier's fields under the names of the
+    released NeMo-Gym rows (`expected_answer`, `instruction_id_list`, `schema_str`, ...); only the task's own domain reads it.
+    """
+
+    id: str
+    domain: str
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    thinking: bool = False
+    truth: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A verdict. `reward` enters the baseline; `parts` are shown beside it; `reason` says in a few words why."""
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """No verdict: the infrastructure failed (judge down, wall clock expired). Leaves the baseline, the std and the loss."""
+
+    reason: str
+
+
+Outcome = Scored | Invalid
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What happened after the prompt: assistant turns and the environment's answers, in order.
+
+    `truncated`: the last assistant turn hit the token limit (or the turn limit was reached with a call pending).
+    """
+
+    messages: tuple[Message, ...]
+    truncated: bool = False
+
+    @property
+    def final(self) -> Message:
+        """The last assistant turn; an empty one when the model never spoke."""
+        for message in reversed(self.messages):
+            if message.role == "assistant":
+                return message
+        return Message("assistant")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A gold (reward 1) or anti-gold (reward 0) case by which a domain proves its reward."""
+
+    task: Task
+    transcript: Transcript
+    reward: float
+    because: str
+    hack: bool = False  # a known reward hack; `audit` lists these apart
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for a Sampler. `seed` fixes the random stream of this request whatever else is in the batch."""
+
+    token_ids: tuple[int, ...]
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A Sampler's answer. `logprobs` are of the distribution that sampled: logits / temperature on the kept set."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+    version: int
+    routed_experts: bytes = b""  # uint8 [tokens, MoE layers, top-k], empty when the Sampler does not report them
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer to one task: every token of the conversation, in the order the model saw them.
+
+    `loss_mask[t]` is 1 on sampled tokens; `logprobs[t]` is 0.0 and `versions[t]` -1 elsewhere. All four have equal length.
+    """
+
+    task: Task
+    sample: int  # index within its group
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    transcript: Transcript
+    outcome: Outcome
+    sampling_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs), len(self.versions)}
+        if len(lengths) != 1:
+            raise ValueError(f"rollout {self.task.id}#{self.sample}: per-token fields differ in length: {sorted(lengths)}")
+
+    @property
+    def num_sampled(self) -> int:
+        """Sampled tokens, |o_i| of equation 1."""
+        return sum(self.loss_mask)
+
+    @property
+    def reward(self) -> float:
+        """The reward; only valid rollouts have one."""
+        if isinstance(self.outcome, Invalid):
+            raise ValueError(f"rollout {self.task.id}#{self.sample} is invalid: {self.outcome.reason}")
+        return self.outcome.reward
+
+    def with_outcome(self, outcome: Outcome) -> Rollout:
+        """The same tokens with another verdict (overlong penalty, group scoring)."""
+        return dataclasses.replace(self, outcome=outcome)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one task. `in_loss[i]` is False where overlong filtering takes rollout i out of the loss."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+    in_loss: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenised sequence ready for packing; the Learner never sees text.
+
+    Per-token fields have the length of `token_ids` and belong to the token itself, not to its predecessor:
+    `advantages[t]` weighs log p(token t | tokens before t). Index 0 can never be trained (nothing predicts it).
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    advantages: tuple[float, ...] = ()
+    sampler_logprobs: tuple[float, ...] = ()
+    reference_logprobs: tuple[float, ...] = ()
+    teacher_logprobs: tuple[float, ...] = ()
+    group: int = 0  # index of the prompt inside the step, for group-wise denominators
+    teacher: str = ""  # MOPD: the stage that scores this sequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed micro-batch, `_T` over all its tokens. Sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]].
+
+    `targets_T[t]` is the token after t inside its sequence and `loss_mask_T[t]` says whether that target is trained;
+    the last position of a sequence has loss_mask 0. `advantages_T`, `sampler_logprobs_T` and `teacher_logprobs_T` are
+    aligned with `targets_T`.
+    """
+
+    tokens_T: torch.Tensor  # int64
+    targets_T: torch.Tensor  # int64
+    loss_mask_T: torch.Tensor  # float32, 0 or 1
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    sequence_T: torch.Tensor  # int64: local index of the sequence each position belongs to
+    group_S: torch.Tensor  # int64: group index of each sequence
+    advantages_T: torch.Tensor | None = None
+    sampler_logprobs_T: torch.Tensor | None = None
+    reference_logprobs_T: torch.Tensor | None = None
+    teacher_logprobs_T: torch.Tensor | None = None
+    teacher_logprobs_TV: torch.Tensor | None = None  # only for the exact reverse KL: the whole vocabulary
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap interval over `n` tasks."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's score by one checkpoint, kept so that comparisons can be paired over tasks."""
+
+    task_id: str
+    score: float
+    valid: bool = True
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage leaves for its children: the content of `record.json`."""
+
+    stage: str
+    kind: str
+    key: str
+    checkpoint: str  # Hugging Face folder, relative to the stage folder
+    sha256: str
+    num_steps: int
+    seconds: float
