@@ -1,0 +1,213 @@
+"""What can be known to be wrong before anything runs. Each check raises one line that names file, key and remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_cascade import domains
+from nemo_cascade.cascade.graph import Graph, Source
+from nemo_cascade.config.load import Loaded
+from nemo_cascade.config.paths import hf_folder
+from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
+from nemo_cascade.config.strict import nearest, show
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.types import UserError
+
+
+def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
+    """The parallel layout divides the ranks and the model."""
+    sizes = {
+        "nodes": hardware.nodes,
+        "ranks_per_node": hardware.ranks_per_node,
+        "threads_per_rank": hardware.threads_per_rank,
+        "tensor_parallel": hardware.tensor_parallel,
+        "pipeline_parallel": hardware.pipeline_parallel,
+        "context_parallel": hardware.context_parallel,
+        "expert_parallel": hardware.expert_parallel,
+    }
+    for key, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{origin}: key {key!r}: {value} is below 1")
+    ranks = hardware.world_size
+    layout = hardware.tensor_parallel * hardware.pipeline_parallel * hardware.context_parallel
+    if ranks % layout:
+        raise UserError(f"{origin}: {ranks} ranks are not a multiple of tensor x pipeline x context parallel = {layout}")
+    if (ranks // hardware.pipeline_parallel) % hardware.expert_parallel:
+        raise UserError(
+            f"{origin}: key 'expert_parallel': {hardware.expert_parallel} does not divide the "
+            f"{ranks // hardware.pipeline_parallel} ranks of a pipeline stage"
+        )
+    parts = (
+        ("num_attention_heads", model.num_attention_heads, "tensor_parallel", hardware.tensor_parallel),
+        ("num_key_value_heads", model.num_key_value_heads, "tensor_parallel", hardware.tensor_parallel),
+        ("mamba_num_heads", model.mamba_num_heads, "tensor_parallel", hardware.tensor_parallel),
+        ("n_groups", model.n_groups, "tensor_parallel", hardware.tensor_parallel),
+        ("vocab_size", model.vocab_size, "tensor_parallel", hardware.tensor_parallel),
+        ("n_routed_experts", model.n_routed_experts, "expert_parallel", hardware.expert_parallel),
+        ("layers", model.num_hidden_layers, "pipeline_parallel", hardware.pipeline_parallel),
+    )
+    for name, whole, key, divisor in parts:
+        if whole % divisor:
+            raise UserError(f"{origin}: key {key!r}: the model's {name} {whole} is not a multiple of {divisor}")
+    if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
+        raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
+        raise UserError(f"{origin}: key 'sampler_url' is missing; sampler remote needs the address of a service")
+
+
+def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
+    """Mixture, lengths, batch and saved steps of one stage."""
+    stage, origin = loaded.stages[name], show(loaded.files[name])
+    _check_mixture(stage, origin)
+    for step in stage.keep_steps:
+        if not 1 <= step <= stage.num_steps:
+            raise UserError(f"{origin}: key 'keep_steps': {step} is outside 1..{stage.num_steps}")
+    replicas, longest = loaded.hardware.data_parallel, model.max_position_embeddings
+    if isinstance(stage, SftConfig):
+        if stage.max_sequence_tokens > min(longest, stage.micro_batch_tokens):
+            raise UserError(
+                f"{origin}: key 'max_sequence_tokens': {stage.max_sequence_tokens} is more than the model's {longest} positions "
+                f"or micro_batch_tokens {stage.micro_batch_tokens}"
+            )
+        if stage.tokens_per_step < replicas * stage.max_sequence_tokens:
+            raise UserError(
+                f"{origin}: key 'tokens_per_step': {stage.tokens_per_step} leaves less than one sequence of "
+                f"{stage.max_sequence_tokens} tokens for each of {replicas} replicas"
+            )
+    if isinstance(stage, RolloutStage):
+        if stage.prompts_per_step < 1 or stage.prompts_per_step % replicas:
+            raise UserError(
+                f"{origin}: key 'prompts_per_step': {stage.prompts_per_step} is not a multiple of the {replicas} data-parallel replicas"
+            )
+        _check_lengths(stage, longest, origin)
+
+
+def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
+    sampling = stage.sampling
+    if sampling.max_total_tokens > longest:
+        raise UserError(
+            f"{origin}: key 'sampling.max_total_tokens': {sampling.max_total_tokens} is more than the model's {longest} positions"
+        )
+    if sampling.max_new_tokens < 1 or sampling.max_new_tokens > sampling.max_total_tokens:
+        raise UserError(f"{origin}: key 'sampling.max_new_tokens': {sampling.max_new_tokens} is outside 1..max_total_tokens")
+    if sampling.max_prompt_tokens >= sampling.max_total_tokens:
+        raise UserError(
+            f"{origin}: key 'sampling.max_prompt_tokens': {sampling.max_prompt_tokens} leaves no room for an answer in "
+            f"max_total_tokens {sampling.max_total_tokens}"
+        )
+    if sampling.max_total_tokens > stage.micro_batch_tokens:
+        raise UserError(
+            f"{origin}: key 'micro_batch_tokens': {stage.micro_batch_tokens} cannot hold one conversation of "
+            f"sampling.max_total_tokens {sampling.max_total_tokens}"
+        )
+
+
+def _check_mixture(stage: StageBase, origin: str) -> None:
+    data = stage.data
+    for domain, weight in data.domains.items():
+        _check_domain(domain, f"{origin}: key 'data.domains'")
+        if weight < 0:
+            raise UserError(f"{origin}: key 'data.domains.{domain}': the weight {weight} is negative")
+    elsewhere = isinstance(stage, SftConfig) and (data.conversations or data.corpus_share > 0 or data.judge_share > 0)
+    if sum(data.domains.values()) <= 0 and not elsewhere:
+        raise UserError(f"{origin}: key 'data.domains': the weights sum to 0; give at least one domain, for example {{math: 1}}")
+    for key, table in (("files", data.files), ("options", data.options)):
+        for domain in table:
+            if domain not in data.domains:
+                raise UserError(f"{origin}: key 'data.{key}.{domain}': not in data.domains{nearest(domain, data.domains)}")
+
+
+def _check_domain(name: str, where: str) -> None:
+    """A built-in domain by its file, `package.module:Class` by its module, `file.py:Class` by its path; nothing is imported."""
+    if ":" not in name:
+        if name not in domains.available():
+            raise UserError(f"{where}: no domain {name!r}{nearest(name, domains.available())}")
+        return
+    if outside_file(name) is None:
+        raise UserError(f"{where}: {name!r} cannot be found; write package.module:Class or path/to/file.py:Class")
+
+
+def outside_file(name: str) -> Path | None:
+    """The Python file of a domain of the user's own, None when there is none."""
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place) if Path(place).is_file() else None
+    try:
+        spec = importlib.util.find_spec(place)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def check_evaluation(loaded: Loaded, graph: Graph) -> None:
+    """Gates and teacher choice have select scores to read."""
+    for name, stage in loaded.stages.items():
+        origin = show(loaded.files[name])
+        assert stage.evaluation is not None
+        for domain in stage.evaluation.domains:
+            _check_domain(domain, f"{origin}: key 'evaluation.domains'")
+        for gate in stage.gates:
+            if stage.evaluation.select < 1 or gate.domain not in stage.evaluation.domains:
+                raise UserError(
+                    f"{origin}: key 'gates': {gate.domain!r} has no select tasks; add it to evaluation.domains "
+                    f"and keep evaluation.select above 0{nearest(gate.domain, stage.evaluation.domains)}"
+                )
+        if isinstance(stage, MopdConfig):
+            _check_teachers(stage, graph.teaching[name].candidates, loaded, origin)
+
+
+def _check_teachers(stage: MopdConfig, candidates: tuple[Source, ...], loaded: Loaded, origin: str) -> None:
+    for domain in stage.teachers.pin:
+        if domain not in stage.data.domains:
+            raise UserError(f"{origin}: key 'teachers.pin.{domain}': not in data.domains{nearest(domain, stage.data.domains)}")
+    for domain in stage.data.domains:
+        if domain in stage.teachers.pin:
+            continue
+        for teacher in candidates:
+            evaluation = loaded.stages[teacher.stage].evaluation
+            assert evaluation is not None
+            if evaluation.select < 1 or domain not in evaluation.domains:
+                raise UserError(
+                    f"{origin}: key 'teachers.candidates': {teacher.stage} has no select score of {domain!r}; add it to "
+                    f"evaluation.domains, keep evaluation.select above 0, or pin a teacher"
+                )
+
+
+def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
+    """Files and folders that the cascade names and this machine does not have, one line each."""
+    for name, stage in loaded.stages.items():
+        origin = show(loaded.files[name])
+        for key, path in data_files(stage):
+            if not path.is_file():
+                yield f"{origin}: key {key!r}: no file {path}"
+        source = graph.sources[name]
+        if source.folder is not None and not (source.folder / "config.json").is_file():
+            yield f"{origin}: key 'init': {source.folder} is no Hugging Face folder (config.json is missing)"
+        if stage.judge is not None and stage.judge.serve:
+            folder = hf_folder(stage.judge.serve)
+            if not (folder / "config.json").is_file():
+                yield f"{origin}: key 'judge.serve': {folder} is no Hugging Face folder (config.json is missing)"
+
+
+def data_files(stage: StageBase) -> Iterator[tuple[str, Path]]:
+    """(key, path) of every data file a stage reads, relative to the working folder."""
+    for domain, paths in stage.data.files.items():
+        yield from ((f"data.files.{domain}", Path(path).expanduser()) for path in paths)
+    yield from (("data.conversations", Path(path).expanduser()) for path in stage.data.conversations)
+    if stage.evaluation is not None:
+        for domain, paths in stage.evaluation.files.items():
+            yield from ((f"evaluation.files.{domain}", Path(path).expanduser()) for path in paths)
+
+
+def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
+    """A Hugging Face folder that stages start from has the shape of the model file."""
+    for name, source in graph.sources.items():
+        path = (source.folder or Path()) / "config.json"
+        if source.folder is None or not path.is_file():
+            continue
+        found = NemotronHConfig.from_hf_json(json.loads(path.read_text(encoding="utf-8")), show(path))
+        if found.tensor_shapes() != model.tensor_shapes():
+            raise UserError(f"{show(loaded.files[name])}: key 'init': {path} has not the shape of model {loaded.cascade.model!r}")

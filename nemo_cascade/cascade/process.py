@@ -1,0 +1,108 @@
+"""One stage as a process of its own: started, listened to, and ended with everything it started."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from nemo_cascade.cascade.artifacts import StageFolder
+from nemo_cascade.cascade.lock import end_group, hand_over
+from nemo_cascade.config.paths import PACKAGE, explain_os_error
+
+POLL_SECONDS = 0.1
+LAST_LINES = 200
+ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*")
+ENDED_BY = {signal.SIGKILL: "killed (out of memory, or by hand)", signal.SIGTERM: "asked to end"}
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of a stage's process: this package importable, one compute thread per core it was given."""
+    path = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[str], None]) -> int:
+    """Run `python -m MODULE FOLDER` to its end; returns its exit code (negative: the signal that ended it).
+
+    Its output goes to the stage's log, which cannot block it, and from there to `say`. An interrupt ends the whole group.
+    """
+    try:
+        log = folder.log.open("ab")
+    except OSError as error:
+        raise explain_os_error(error, folder.log) from error
+    with log, interruptible():
+        position = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(folder.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(threads),
+            start_new_session=True,
+        )
+        try:
+            hand_over(folder.lock, process.pid)
+            while process.poll() is None:
+                position = _forward(folder.log, position, say)
+                time.sleep(POLL_SECONDS)
+            _forward(folder.log, position, say)
+        finally:
+            end_group(process.pid)
+            process.wait()
+    return process.returncode
+
+
+def _forward(path: Path, position: int, say: Callable[[str], None]) -> int:
+    """Say the whole lines written since `position`; returns where they end."""
+    with path.open("rb") as file:
+        file.seek(position)
+        new = file.read()
+    whole, newline, _ = new.rpartition(b"\n")
+    for line in whole.decode("utf-8", errors="replace").splitlines() if newline else []:
+        say(line)
+    return position + len(whole) + len(newline)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a closed terminal or a scheduler's SIGTERM end the run as Ctrl-C does, stage processes included."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+def last_error(path: Path, returncode: int) -> str:
+    """What went wrong, in one line: the last line that looks like an error, else the last line at all."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if line.strip()]
+    errors = [line for line in lines if ERROR_LINE.match(line)]
+    said = (errors or lines or ["it wrote nothing"])[-1]
+    if returncode < 0:
+        sign = signal.Signals(-returncode)
+        how = ENDED_BY.get(sign, f"ended by {sign.name}")
+        return f"{how}; last line: {said}"
+    return said

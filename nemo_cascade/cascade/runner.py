@@ -1,0 +1,207 @@
+"""Run what is missing, in order, each stage as its own process; truth is in the markers, never in an exit code alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_cascade.cascade import fingerprint, gates, teachers
+from nemo_cascade.cascade.artifacts import StageFolder, read_json, write_json
+from nemo_cascade.cascade.graph import Source
+from nemo_cascade.cascade.ledger import Ledger, read_ledger
+from nemo_cascade.cascade.lock import locked
+from nemo_cascade.cascade.manifest import Manifest, from_plan, write_manifest
+from nemo_cascade.cascade.plan import Plan, make_plan
+from nemo_cascade.cascade.process import last_error, run_process
+from nemo_cascade.config.load import Loaded
+from nemo_cascade.config.schema import MopdConfig, StageRun
+from nemo_cascade.config.stage_run import write_stage_run
+from nemo_cascade.config.strict import nearest
+from nemo_cascade.types import UserError
+
+LAUNCH = "nemo_cascade.launch"
+Say = Callable[[str], None]
+
+
+class StageFailed(RuntimeError):
+    """A stage did not finish, or a gate stopped the cascade: one line with the stage, the cause and what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of a cascade to run, and with what. `module` is the program that runs one stage folder."""
+
+    start: str | None = None
+    until: str | None = None
+    dry_run: bool = False
+    module: str = LAUNCH
+
+
+def run(loaded: Loaded, options: Options, say: Say) -> Path:
+    """Bring every wanted stage to done; returns the cascade's folder. What is done under its key is not run again."""
+    plan = make_plan(loaded)
+    plan.refuse_missing()
+    run = Run(plan, options, say)
+    wanted = run.wanted()
+    if options.dry_run:
+        for name in wanted:
+            say(f"{name}: {run.outlook(name)}")
+        return loaded.folder
+    write_manifest(run.manifest)
+    for position, name in enumerate(wanted, start=1):
+        run.bring(name, f"[{position}/{len(wanted)}] {name}")
+    return loaded.folder
+
+
+class Run:
+    """One call of `run`: the plan with its keys and folders, and the ledger as it grows."""
+
+    def __init__(self, plan: Plan, options: Options, say: Say) -> None:
+        self.plan = plan
+        self.options = options
+        self.say = say
+        self.keys = fingerprint.keys(plan)
+        self.manifest: Manifest = from_plan(plan, self.keys)
+        self.folders = self.manifest.folders
+
+    def wanted(self) -> list[str]:
+        """The stages between `--from` and `--until`; what lies before `--from` must be done."""
+        order, graph = self.plan.graph.order, self.plan.graph
+        for flag, name in (("--from", self.options.start), ("--until", self.options.until)):
+            if name is not None and name not in order:
+                raise UserError(f"{flag} {name}: no such stage{nearest(name, order)}")
+        names = set(order)
+        if self.options.until is not None:
+            names &= {self.options.until, *graph.ancestors(self.options.until)}
+        if self.options.start is not None:
+            names &= {self.options.start, *graph.descendants(self.options.start)}
+            needed = {parent for name in names for parent in graph.ancestors(name)} - names
+            for name in (name for name in order if name in needed and not self.done(name)):
+                raise UserError(f"--from {self.options.start}: {name} is not done yet; run without --from, or from {name}")
+        return [name for name in order if name in names]
+
+    def done(self, name: str) -> bool:
+        """The stage finished under its present key."""
+        return self.folders[name].is_done(self.keys[name])
+
+    def outlook(self, name: str) -> str:
+        """What `run` would do with a stage."""
+        folder = self.folders[name]
+        if self.done(name):
+            return "done" if self._measured(name) else "done, would be evaluated again (the evaluation changed)"
+        step = folder.newest_checkpoint()
+        if step is not None:
+            return f"would go on from step {step} of {self.plan.stages[name].num_steps}"
+        return f"would run {self.plan.stages[name].num_steps} steps in {folder.path}"
+
+    def bring(self, name: str, title: str) -> None:
+        """Run a stage unless it is done, then let its gates decide."""
+        folder, stage = self.folders[name], self.plan.stages[name]
+        if self.done(name) and self._measured(name):
+            self.say(f"{title}: done ({self.keys[name][:8]})")
+        else:
+            with locked(folder.lock):
+                self._prepare(name)
+                source = self.source(name)
+                origin = {"hf": str(source.folder), "random": "random weights"}.get(source.kind, source.checkpoint)
+                resumed = folder.newest_checkpoint()
+                at = f", on from step {resumed}" if resumed is not None else ""
+                self.say(f"{title}: {stage.kind} from {origin}, {stage.num_steps} steps{at}")
+                self._launch(name, title)
+        self._decide(name)
+
+    def _launch(self, name: str, title: str) -> None:
+        folder, started = self.folders[name], time.monotonic()
+        folder.failed.unlink(missing_ok=True)
+        code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, self.say)
+        if self.done(name):
+            self.say(f"{title}: finished in {time.monotonic() - started:.0f} s")
+            return
+        cause = last_error(folder.log, code) if code else "it ended without its record"
+        write_json(folder.failed, {"stage": name, "exit_code": code, "error": cause})
+        raise StageFailed(f"stage {name} failed (exit code {code}): {cause}; the whole log is {folder.log}")
+
+    def _measured(self, name: str) -> bool:
+        """The evaluation files of a finished stage were made as the config now says."""
+        content = read_json(self.folders[name].evaluation_key)
+        return content is not None and content["key"] == fingerprint.evaluation_key(self.plan.stages[name])
+
+    def _prepare(self, name: str) -> None:
+        """Write what launch needs. Of a finished stage whose evaluation changed only the evaluation is done again."""
+        folder, stage = self.folders[name], self.plan.stages[name]
+        if not self._measured(name):
+            folder.record.unlink(missing_ok=True)
+            shutil.rmtree(folder.evaluation("final").parent, ignore_errors=True)
+        write_json(folder.evaluation_key, {"key": fingerprint.evaluation_key(stage)})
+        write_stage_run(self.stage_run(name), folder.path)
+
+    def stage_run(self, name: str) -> StageRun:
+        """Everything launch needs, references resolved to folders."""
+        plan, stage = self.plan, self.plan.stages[name]
+        init = self._weights(self.source(name))
+        choices = self._teachers(name)
+        return StageRun(
+            cascade=plan.loaded.cascade.name,
+            stage=name,
+            key=self.keys[name],
+            seed=plan.loaded.cascade.seed,
+            kind=stage.kind,
+            init_folder=str(init.resolve()) if init is not None else None,
+            teacher_folders={domain: str(choice.folder(self.folders).resolve()) for domain, choice in choices.items()},
+            teacher_stages={domain: choice.checkpoint for domain, choice in choices.items()},
+            model=dataclasses.asdict(plan.model),
+            tokenizer=str(fingerprint.tokenizer_of(plan, name).resolve()),
+            hardware=plan.loaded.hardware,
+            trackers=plan.loaded.cascade.trackers,
+            config=stage,
+        )
+
+    def source(self, name: str) -> Source:
+        """Where a stage really starts, rollbacks of its ancestors followed."""
+        return gates.effective_source(name, self.plan.graph.sources, self.folders)
+
+    def _weights(self, source: Source) -> Path | None:
+        """The folder of the weights that a source names; None for random ones."""
+        if source.kind == "random":
+            return None
+        if source.folder is not None:
+            return source.folder
+        folder = self.folders[source.stage].weights(source.step)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: the weights of {source.checkpoint} are gone; delete {folder.parent} and run again")
+        return folder
+
+    def _teachers(self, name: str) -> dict[str, teachers.Choice]:
+        """Choose the teachers of a distillation from the ledger as it is now, and keep the reasons."""
+        stage, graph = self.plan.stages[name], self.plan.graph
+        if not isinstance(stage, MopdConfig):
+            return {}
+        choices = teachers.choose(name, stage.data.domains, graph.teaching[name], graph.order, self.ledger())
+        for domain, choice in choices.items():
+            self._weights(Source("stage", choice.stage, choice.step))
+            self.say(f"{name}: {domain} is taught by {choice.checkpoint} ({choice.reason})")
+        write_json(self.folders[name].teachers, teachers.to_json(choices))
+        return choices
+
+    def ledger(self) -> Ledger:
+        """The scores of every stage that is done."""
+        return read_ledger({name: self.folders[name] for name in self.plan.graph.order if self.done(name)})
+
+    def _decide(self, name: str) -> None:
+        """Evaluate the gates of a finished stage; a failed one warns, stops the run or sends the children back."""
+        folder, stage = self.folders[name], self.plan.stages[name]
+        if not stage.gates:
+            folder.gates.unlink(missing_ok=True)
+            return
+        start = gates.reference_of(name, self.source(name))
+        results = gates.evaluate(name, stage, start, self.ledger())
+        write_json(folder.gates, gates.to_json(results))
+        for result in results:
+            self.say(f"{name}: {result.sentence()}")
+        stopped = [result for result in results if result.action == "stop"]
+        if stopped:
+            raise StageFailed(f"stage {name}: {stopped[0].sentence()}; change the stage or the gate and run again")

@@ -1,0 +1,157 @@
+"""The tasks of a stage: generated ones, released rows, and a mixture of both that any step can be asked for.
+
+Nothing is remembered between steps: step k gets the same tasks in a fresh run and after a resume.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+from nemo_cascade.config.schema import DataConfig
+from nemo_cascade.data.mixture import check_weights, slots
+from nemo_cascade.data.rows import read_jsonl
+from nemo_cascade.protocols import Domain
+from nemo_cascade.types import Split, Task, UserError
+
+
+class PromptLimit:
+    """Drops tasks whose prompt is longer than `max_tokens`; `dropped` counts them by domain, each task once."""
+
+    def __init__(self, prompt_ids: Callable[[Task], Sequence[int]], max_tokens: int) -> None:
+        self._prompt_ids = prompt_ids
+        self._max_tokens = max_tokens
+        self._seen: set[str] = set()
+        self.dropped: Counter[str] = Counter()
+
+    def keeps(self, task: Task) -> bool:
+        """Whether the prompt fits."""
+        fits = len(self._prompt_ids(task)) <= self._max_tokens
+        if not fits and task.id not in self._seen:
+            self._seen.add(task.id)
+            self.dropped[task.domain] += 1
+        return fits
+
+
+class TaskSource(Protocol):
+    """Tasks of one domain in an order that a position and a seed fix."""
+
+    def take(self, position: int, count: int, seed: int, without: Collection[str]) -> list[Task]:
+        """Up to `count` distinct tasks with no id of `without`."""
+
+
+class GeneratedTasks:
+    """A domain's own generator: endless, so `position` is not needed."""
+
+    def __init__(self, domain: Domain, split: Split = "train", limit: PromptLimit | None = None) -> None:
+        self._domain = domain
+        self._split: Split = split
+        self._limit = limit
+
+    def take(self, position: int, count: int, seed: int, without: Collection[str]) -> list[Task]:
+        """Fresh draws; UserError when no draw fits the prompt limit."""
+        tasks: list[Task] = []
+        seen = set(without)
+        for attempt in range(8):
+            for task in self._domain.tasks(self._split, count, seed + attempt):
+                if task.id not in seen and (self._limit is None or self._limit.keeps(task)):
+                    seen.add(task.id)
+                    tasks.append(task)
+            if len(tasks) >= count:
+                return tasks[:count]
+        if tasks:
+            return tasks
+        raise UserError(f"domain {self._domain.name}: none of its generated prompts fits sampling.max_prompt_tokens; raise it")
+
+
+class FileTasks:
+    """Released rows, each epoch in another order; duplicates are read once."""
+
+    def __init__(self, domain: Domain, paths: Sequence[str], limit: PromptLimit | None = None) -> None:
+        self._name = domain.name
+        found: dict[str, Task] = {}
+        for path in paths:
+            for where, row in read_jsonl(path):
+                task = domain.parse_row(row, where)
+                if limit is None or limit.keeps(task):
+                    found.setdefault(task.id, task)
+        if not found:
+            raise UserError(f"data.files.{domain.name}: no row of {', '.join(paths)} is left after the prompt limit")
+        self.tasks = list(found.values())
+
+    def take(self, position: int, count: int, seed: int, without: Collection[str]) -> list[Task]:
+        """The next rows at `position` of the endless shuffled order; fewer when the file has no others."""
+        tasks: list[Task] = []
+        seen = set(without)
+        size = len(self.tasks)
+        for at in range(position, position + 2 * size):
+            if len(tasks) == count:
+                break
+            task = self.tasks[self._order(at // size)[at % size]]
+            if task.id not in seen:
+                seen.add(task.id)
+                tasks.append(task)
+        return tasks
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.tasks)))
+        random.Random(f"{self._name}/epoch {epoch}").shuffle(order)
+        return order
+
+
+class TaskStream:
+    """An endless mixture of task sources, addressed by step.
+
+    `weights` are shares of the prompts. Rank r of `world` gets every world-th prompt of the step. Inside a step no task
+    comes twice on a rank, refills included: what attempts 0..n-1 of the step gave is kept until another step is asked for.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, TaskSource], weights: Mapping[str, float], seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self._sources = dict(sources)
+        self._shares = check_weights("data.domains", weights)
+        missing = sorted(set(self._shares) - set(self._sources))
+        if missing:
+            raise UserError(f"data.domains: no tasks for {', '.join(missing)}")
+        self._seed, self._rank, self._world = seed, rank, world
+        self._step = -1
+        self._given: set[str] = set()
+
+    def take(self, step: int, count: int, attempt: int = 0) -> list[Task]:
+        """This rank's `count` tasks of a step. `attempt` > 0 refills: other tasks, fewer when a file has no more rows."""
+        if step != self._step or attempt == 0:
+            self._step, self._given = step, set()
+        total = count * self._world
+        scope = f"{self._seed}/{step}/{attempt}" + (f"/{self._rank}" if attempt else "")
+        rng = random.Random(scope)
+        order = slots(self._shares, total, rng)
+        queues: dict[str, list[Task]] = {}
+        for name, wanted in sorted(Counter(order).items()):
+            position = int(step * total * self._shares[name]) + attempt * wanted
+            queues[name] = self._sources[name].take(position, wanted, rng.getrandbits(48), self._given)
+            if attempt == 0 and len(queues[name]) < wanted:
+                raise UserError(f"data.files.{name}: only {len(queues[name])} rows for {wanted} prompts of a step; add rows")
+        tasks = [queues[name].pop(0) for name in order if queues[name]]
+        self._given.update(task.id for task in tasks)
+        return tasks[self._rank :: self._world]
+
+    def refill(self, step: int, attempt: int, count: int) -> list[Task]:
+        """`take` in the order of arguments that a refill loop counts in."""
+        return self.take(step, count, attempt)
+
+
+def task_stream(  # noqa: PLR0913 - the stage's whole task side in one call
+    data: DataConfig, domains: Mapping[str, Domain], seed: int, limit: PromptLimit | None = None, rank: int = 0, world: int = 1
+) -> TaskStream:
+    """The stream a stage file describes: rows where `data.files` names the domain, its generator elsewhere."""
+    sources: dict[str, TaskSource] = {}
+    for name in data.domains:
+        paths = data.files.get(name)
+        sources[name] = FileTasks(domains[name], paths, limit) if paths else GeneratedTasks(domains[name], limit=limit)
+    unused = sorted(set(data.files) - set(data.domains))
+    if unused:
+        raise UserError(f"data.files.{unused[0]}: the domain has no weight in data.domains; add it there")
+    return TaskStream(sources, data.domains, seed, rank, world)

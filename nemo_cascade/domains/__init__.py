@@ -1,0 +1,224 @@
+"""The skills of the cascade, one file each, and how a name in a stage file becomes a Domain.
+
+A domain's module has a constant `DOMAIN`: the class that `load` builds with (services, options).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from nemo_cascade.data.splits import content_id, task_content
+from nemo_cascade.protocols import Domain
+from nemo_cascade.types import Json, Message, Outcome, Scored, Task, Tool, Transcript, UserError
+
+if TYPE_CHECKING:
+    from nemo_cascade.reward.judge import EquivalenceJudge, PreferenceJudge
+    from nemo_cascade.reward.math_equal import MathGrader
+    from nemo_cascade.reward.sandbox import Sandbox
+
+
+@dataclass
+class Services:
+    """What domains share and launch owns: processes and clients that outlive one task.
+
+    `math` and `sandbox` are created on first use when launch passed none, so that `load("math")` works in a notebook. The
+    judges have no default: a domain that needs one says so in one line.
+    """
+
+    math: MathGrader | None = None
+    sandbox: Sandbox | None = None
+    preference_judge: PreferenceJudge | None = None
+    equivalence_judge: EquivalenceJudge | None = None
+
+    def math_grader(self) -> MathGrader:
+        """The process pool that decides whether two expressions are equal."""
+        if self.math is None:
+            from nemo_cascade.reward.math_equal import MathGrader
+
+            self.math = MathGrader()
+        return self.math
+
+    def code_sandbox(self) -> Sandbox:
+        """Where code of the model runs."""
+        if self.sandbox is None:
+            from nemo_cascade.reward.sandbox import Sandbox
+
+            self.sandbox = Sandbox()
+        return self.sandbox
+
+    def close(self) -> None:
+        """Stop what was started."""
+        for service in (self.math, self.sandbox):
+            if service is not None:
+                service.close()
+        self.math = self.sandbox = None
+
+
+class NoReply:
+    """The episode of a single-turn task: the environment never answers."""
+
+    def reply(self, message: Message) -> tuple[Message, ...] | None:
+        """The rollout ends with the first assistant turn."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SingleTurn(ABC):
+    """Base of domains whose rollout is one assistant turn, scored on its own.
+
+    A subclass sets `name`, writes `tasks`, `demonstrate`, `parse_row`, `score` and `cases`, and lists its options with
+    their defaults in `DEFAULTS`. A multi-turn domain overrides `max_turns` and `begin`.
+    """
+
+    name: ClassVar[str] = ""
+    max_turns: int = 1
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {}
+
+    def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
+        self.services = services if services is not None else Services()
+        self.options: dict[str, Json] = dict(self.DEFAULTS)
+        for key, value in (options or {}).items():
+            if key not in self.DEFAULTS:
+                known = ", ".join(self.DEFAULTS) or "none"
+                raise UserError(f"data.options.{self.name}.{key}: no such option{_nearest(key, self.DEFAULTS)}; known: {known}")
+            self.options[key] = value
+
+    def begin(self, task: Task) -> NoReply:
+        """An environment that says nothing."""
+        return NoReply()
+
+    @abstractmethod
+    def score(self, task: Task, transcript: Transcript) -> Outcome:
+        """The reward of one transcript."""
+
+    def score_group(self, task: Task, transcripts_G: Sequence[Transcript]) -> list[Outcome]:
+        """`score` of each transcript."""
+        return [self.score(task, transcript) for transcript in transcripts_G]
+
+
+def make_task(
+    domain: str, prompt: str | Sequence[Message], truth: Mapping[str, Json], tools: tuple[Tool, ...] = (), thinking: bool = True
+) -> Task:
+    """A generated task whose id is the hash of prompt and truth."""
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+    return Task(content_id(domain, task_content(messages, truth)), domain, messages, tools, thinking, dict(truth))
+
+
+def content_of(task: Task) -> str:
+    """What `splits.draw` hashes of a task."""
+    return task_content(task.messages, task.truth)
+
+
+def unanswered(transcript: Transcript) -> Scored | None:
+    """Reward 0 with its reason for a truncated or empty answer; None when there is an answer to grade."""
+    if transcript.truncated:
+        return Scored(0.0, reason="truncated")
+    if not transcript.final.content.strip():
+        return Scored(0.0, reason="empty answer")
+    return None
+
+
+def available() -> list[str]:
+    """Names of the built-in domains, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(name: str, services: Services | None = None, options: Mapping[str, Json] | None = None) -> Domain:
+    """The Domain a stage file names.
+
+    `math` is a built-in one; `package.module:Class` and `path/to/file.py:Class` are your own.
+    """
+    if ":" in name:
+        return _outside(name)(services, options)
+    if name not in available():
+        raise UserError(f"domain {name!r}: no such domain{_nearest(name, available())}; known: {', '.join(available())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.DOMAIN(services, options)
+
+
+def _outside(name: str) -> type[SingleTurn]:
+    """The class behind `package.module:Class` or `path/to/file.py:Class`."""
+    place, _, class_name = name.rpartition(":")
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise UserError(f"domain {name!r}: no file {place}")
+        spec = importlib.util.spec_from_file_location(f"nemo_cascade_domain_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"domain {name!r}: {place} cannot be imported as Python")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # so that its classes can be pickled to a reward process
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise UserError(f"domain {name!r}: {error}; is its package installed?") from error
+    if class_name not in vars(module):
+        raise UserError(f"domain {name!r}: {place} has no class {class_name}{_nearest(class_name, vars(module))}")
+    return vars(module)[class_name]
+
+
+def _nearest(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+AGENTS = {
+    "instruction_following": "instruction_following",
+    "mcqa": "mcqa",
+    "workplace_assistant": "tool_use",
+    "single_step_tool_use": "tool_use",
+    "structured_outputs": "structured_output",
+    "math_with_judge": "math",
+    "library_judge_math": "math",
+    "equivalence_llm_judge": "long_context",
+    "genrm": "preference",
+    "code_gen": "code",
+    "comp_coding": "code",
+    "swerl_gen": "swe_agentless",
+    "swerl_llm_judge": "swe_agentless",
+    "swe_agents": "swe_agentic",
+    "swe": "swe_agentic",
+}
+"""How the `agent_ref.name` of a released row begins -> our domain. Longer names are tried first."""
+
+FIELDS = (
+    ("instruction_id_list", "instruction_following"),
+    ("schema_str", "structured_output"),
+    ("options", "mcqa"),
+    ("ground_truth", "tool_use"),
+    ("FAIL_TO_PASS", "swe_agentic"),
+    ("instance", "swe_agentless"),
+    ("question", "math"),
+)
+"""A verifier field that only one kind of released row has, for rows without `agent_ref`. Null counts as absent."""
+
+
+def for_row(row: Mapping[str, Json]) -> str:
+    """The domain of a released NeMo-Gym row, from its `agent_ref`, else from the verifier field it carries."""
+    agent = row.get("agent_ref")
+    if isinstance(agent, Mapping):
+        name = str(agent.get("name", ""))
+        for prefix in sorted(AGENTS, key=len, reverse=True):
+            if name.startswith(prefix):
+                return AGENTS[prefix]
+        raise UserError(f"agent_ref.name {name!r}: no domain grades this agent; known: {', '.join(AGENTS)}")
+    for key, domain in FIELDS:
+        if row.get(key) not in (None, "", []):
+            return domain
+    metadata = row.get("verifier_metadata")
+    if isinstance(metadata, Mapping) and "unit_tests" in metadata:
+        return "code"
+    raise UserError("agent_ref: missing, and no verifier field tells the domain; add agent_ref or name the domain in data.files")

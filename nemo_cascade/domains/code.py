@@ -1,0 +1,314 @@
+"""Programs that must pass hidden tests: reward 1 when every test passes, else 0; the first failing test ends the run.
+
+Three kinds of rows. Calls: a function's return values are compared outside the sandbox (nano tasks, LiveCodeBench's
+`fn_name`). Programs: standard output is compared token by token (released rows). Assertions: the row brings a test
+program (HumanEval). An exit status never decides: a program that leaves early has returned nothing, which is not the
+right value.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import ClassVar
+
+from nemo_cascade.data import rows, splits
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.reward.sandbox import CallResult, Limits, RunResult
+from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
+
+FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+HIDDEN_INPUTS = (0, 1, 9, 25, 40)
+CONSTANTS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 6)}
+REMEMBERED = 4096  # verdicts kept per process: rollouts of a group often agree, and evaluation repeats them
+
+PLAIN = '''
+def __plain(value):
+    """Only plain values leave the candidate, so that none can claim to equal everything."""
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(__plain(item) for item in value)
+    if type(value) is dict:
+        return {__plain(key): __plain(item) for key, item in value.items()}
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    raise TypeError("the function returned a " + type(value).__name__)
+
+def __graded(nonce):
+    check(lambda *given, **named: __plain(ENTRY(*given, **named)))
+    return nonce
+'''
+
+ALL = """
+def __all(lists):
+    return [ENTRY(*given) for given in lists]
+"""
+"""All calls of a nano task in one process: a process costs more than its few calls."""
+
+
+class Code(SingleTurn):
+    """Python programs judged by hidden tests in the sandbox (the code stage)."""
+
+    name = "code"
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {
+        "cpu_seconds": 10.0,  # per test, as NeMo-Gym's unit_test_timeout_secs
+        "memory_mb": 1024,
+        "max_tests": 50,
+        "compare": "tokens",  # "lines": also the layout counts, as in NeMo-Gym
+    }
+
+    def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
+        super().__init__(services, options)
+        seconds = float(self.options["cpu_seconds"])
+        self.limits = Limits(seconds, max(30.0, 3 * seconds), int(self.options["memory_mb"]), output_bytes=1 << 22)
+        if self.options["compare"] not in ("tokens", "lines"):
+            raise UserError(f"data.options.code.compare: {self.options['compare']!r}; choose tokens or lines")
+        self._verdicts: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        """`Find f: f(3)=15 f(8)=40`, where f adds, subtracts or multiplies by a small constant."""
+        return splits.draw(_make, content_of, split, count, seed)
+
+    def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
+        """The rule checked on both examples, then the function.
+
+        Faults: a rule that fits the first example alone, a constant off by one, a forgotten return, chat around it.
+        """
+        if "examples" not in task.truth:
+            raise UserError(f"task {task.id}: only generated code tasks have demonstrations")
+        rng = random.Random(f"{task.id}/{seed}")
+        (first, value), (second, other) = task.truth["examples"]
+        rule = str(task.truth["rule"])
+        lines = [f"{first}{rule}={value}", f"{second}{rule}={other}"]
+        body = f"return x{rule}"
+        if rng.random() < flaw_rate:
+            wrong, constant = rule, int(rule[1:])
+            fault = rng.choice(("first", "constant", "return", "chat"))
+            if fault == "first":
+                wrong = _overfit(first, value, rule)
+                lines = [f"{first}{wrong}={value}"]
+            elif fault == "constant":
+                wrong = f"{rule[0]}{constant + 1}"
+            body = f"x{rule}" if fault == "return" else f"return x{wrong}"
+            code = f"def f(x): {body}"
+            content = f"Hello. {code} Bye." if fault == "chat" else code
+        else:
+            content = f"def f(x): {body}"
+        return (Message("assistant", content, " ".join(lines) if task.thinking else ""),)
+
+    def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
+        """A released row (`verifier_metadata.unit_tests`, or `unit_tests` at the top) or a HumanEval row."""
+        if "entry_point" in row:
+            prompt, entry = rows.field(row, "prompt", str, row_id), rows.field(row, "entry_point", str, row_id)
+            request = f"Write the whole function in Python.\n\n```python\n{prompt}```"
+            truth: dict[str, Json] = {
+                "stub": prompt,
+                "entry_point": entry,
+                "test": rows.field(row, "test", str, row_id),
+            }
+            task_id = str(row.get("task_id", row_id))
+            return Task(task_id, self.name, (Message("user", request),), (), True, truth)
+        tests = rows.loose_json(rows.verifier_field(row, "unit_tests"), "unit_tests", row_id)
+        if not isinstance(tests, Mapping):
+            raise UserError(f"{row_id}: field 'unit_tests' must be an object with inputs and outputs")
+        inputs, outputs = (rows.field(tests, key, list, f"{row_id} unit_tests") for key in ("inputs", "outputs"))
+        if not inputs or len(inputs) != len(outputs):
+            raise UserError(
+                f"{row_id}: unit_tests has {len(inputs)} inputs but {len(outputs)} outputs"
+            )
+        name = tests.get("fn_name")
+        truth = {"inputs": inputs, "outputs": outputs, **({"fn_name": name} if name else {})}
+        return Task(str(row.get("hash_id", row_id)), self.name, rows.input_messages(row, row_id), (), True, truth)
+
+    def score(self, task: Task, transcript: Transcript) -> Outcome:
+        """1 when all tests pass. Wall-clock expiry is Invalid: a busy machine is not the program's fault."""
+        refused = unanswered(transcript)
+        if refused is not None:
+            return refused
+        source = extract_code(transcript.final.content)
+        key = (task.id, source)
+        if key not in self._verdicts:
+            outcome = self._run(task, source)
+            if isinstance(outcome, Invalid):
+                return outcome
+            self._verdicts[key] = outcome
+            if len(self._verdicts) > REMEMBERED:
+                self._verdicts.popitem(last=False)
+        return self._verdicts[key]
+
+    def _run(self, task: Task, source: str) -> Outcome:
+        problem = _broken(source)
+        if problem:
+            return Scored(0.0, reason=problem)
+        if "test" in task.truth:
+            return self._assertions(task, source)
+        limit = int(self.options["max_tests"])
+        inputs, outputs = task.truth["inputs"][:limit], task.truth["outputs"][:limit]
+        if "fn_name" in task.truth:
+            name, given = str(task.truth["fn_name"]), [_arguments(value) for value in inputs]
+            wanted = [_value(value) for value in outputs]
+            if task.truth.get("one_process"):
+                source, name = f"{source}\n{ALL.replace('ENTRY', name)}", "__all"
+                given, wanted = [[list(given)]], [wanted]
+
+            def fails(index: int, result: CallResult) -> bool:
+                return result.status != "ok" or result.value != wanted[index]
+
+            sandbox = self.services.code_sandbox()
+            calls = sandbox.call_function(source, name, given, self.limits, fails)
+            return _verdict([(r.status, not fails(i, r)) for i, r in enumerate(calls)], len(given))
+
+        shape = _lines if self.options["compare"] == "lines" else str.split
+
+        def differs(index: int, result: RunResult) -> bool:
+            return result.status != "ok" or shape(result.stdout) != shape(str(outputs[index]))
+
+        results = self.services.code_sandbox().run_programs(source, [str(x) for x in inputs], self.limits, differs)
+        return _verdict([(r.status, not differs(i, r)) for i, r in enumerate(results)], len(inputs))
+
+    def _assertions(self, task: Task, source: str) -> Outcome:
+        """Run the row's own test program around the candidate; passing means returning a number nobody could guess.
+
+        Candidate and test share a process, so a program that searches the interpreter's frames could still cheat; the
+        other two kinds of rows have no such hole.
+        """
+        entry = str(task.truth["entry_point"])
+        program = f"{task.truth['stub']}    pass\n{source}\n{task.truth['test']}\n{PLAIN.replace('ENTRY', entry)}"
+        nonce = secrets.token_hex(16)
+        results = self.services.code_sandbox().call_function(program, "__graded", [[nonce]], self.limits)
+        return _verdict([(results[0].status, results[0].value == nonce)], 1)
+
+    def cases(self) -> list[Case]:
+        """All three kinds of rows, and the usual tricks: tables of examples, early exits, forged equality."""
+        return _cases()
+
+
+def extract_code(content: str) -> str:
+    """The last fenced block, else the whole answer; an opened fence that never closes holds no code."""
+    blocks = FENCE.findall(content)
+    if blocks:
+        return blocks[-1].strip("\n")
+    return "" if "```" in content else content.strip()
+
+
+def _broken(source: str) -> str:
+    """Why the source cannot run at all, found without starting a sandbox; compiling executes nothing."""
+    if not source:
+        return "no code"
+    if len(source) > 1 << 16:
+        return "over 64 KiB of code"
+    try:
+        compile(source, "solution.py", "exec", dont_inherit=True)
+    except SyntaxError as error:
+        return f"syntax error: {error.msg}"
+    except (ValueError, RecursionError, MemoryError, OverflowError):  # null bytes, absurd nesting, absurd numbers
+        return "the source cannot be compiled"
+    return ""
+
+
+def _verdict(tests: list[tuple[str, bool]], wanted: int) -> Outcome:
+    """The outcome of (status, passed) per test; `wanted` tests were asked for, fewer ran when one failed."""
+    passed = sum(ok for _, ok in tests)
+    if tests[-1][0] == "wall_time":
+        return Invalid("the sandbox's wall clock expired before a test ended")
+    parts = {"tests_passed": float(passed), "tests": float(wanted)}
+    if passed == wanted:
+        return Scored(1.0, parts, f"all {wanted} tests pass")
+    status = tests[-1][0]
+    return Scored(0.0, parts, f"test {len(tests)}: {'another result' if status == 'ok' else status}")
+
+
+def _lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.strip().split("\n")]
+
+
+def _arguments(value: Json) -> list[Json]:
+    """Arguments of one call: a list as it is, or LiveCodeBench's text with one JSON value per line."""
+    return value if isinstance(value, list) else [json.loads(line) for line in str(value).split("\n") if line.strip()]
+
+
+def _value(value: Json) -> Json:
+    """An expected value: text holds JSON, as in LiveCodeBench."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _apply(rule: str, x: int) -> int:
+    constant = int(rule[1:])
+    return {"+": x + constant, "-": x - constant, "*": x * constant}[rule[0]]
+
+
+def _make(rng: random.Random) -> Task:
+    """Two examples fix the rule: lines x+k, x-k and x*k cross at one point at most."""
+    operator = rng.choice(tuple(CONSTANTS))
+    rule = f"{operator}{rng.choice(CONSTANTS[operator])}"
+    return _task(rule, *sorted(rng.sample(range(2, 31), 2)))
+
+
+def _task(rule: str, first: int, second: int) -> Task:
+    examples: list[Json] = [[x, _apply(rule, x)] for x in (first, second)]
+    prompt = "Find f: " + " ".join(f"f({x})={_apply(rule, x)}" for x in (first, second))
+    truth: dict[str, Json] = {
+        "fn_name": "f",
+        "one_process": True,
+        "inputs": [[x] for x in HIDDEN_INPUTS],
+        "outputs": [_apply(rule, x) for x in HIDDEN_INPUTS],
+        "examples": examples,
+        "rule": rule,
+    }
+    return make_task(Code.name, prompt, truth)
+
+
+def _overfit(first: int, value: int, rule: str) -> str:
+    """Another rule that fits the first example: what a model writes that never looks at the second."""
+    if rule[0] == "*":
+        return f"+{value - first}"
+    if value % first == 0 and value > first:
+        return f"*{value // first}"
+    return f"{rule[0]}{int(rule[1:]) + 1}"
+
+
+def _cases() -> list[Case]:
+    nano = _task("*5", 3, 8)
+    unit: dict[str, Json] = {"inputs": ["2\n3 4\n", "1\n9\n"], "outputs": ["7\n", "9"]}
+    program = Task("code-case-program", Code.name, (Message("user", "Add the numbers of line two."),), (), True, unit)
+    asserted: dict[str, Json] = {
+        "stub": "def half(x):\n",
+        "entry_point": "half",
+        "test": "def check(candidate):\n    assert candidate(6) == 3\n    assert candidate(9) == 4\n",
+    }
+    humaneval = Task("code-case-asserted", Code.name, (Message("user", "Halve x, rounding down."),), (), True, asserted)
+    anything = "class Any(int):\n    def __eq__(self, other): return True\ndef half(x): return Any(1)"
+
+    def case(task: Task, content: str, reward: float, because: str, hack: bool = False) -> Case:
+        return Case(task, Transcript((Message("assistant", content, "3*5=15"),)), reward, because, hack)
+
+    add = "input()\nprint(sum(map(int, input().split())))"
+    return [
+        case(nano, "def f(x): return x*5", 1.0, "the rule"),
+        case(nano, "Here it is:\n```python\ndef f(x):\n    return 5 * x\n```\n", 1.0, "fenced, with words before"),
+        case(program, add, 1.0, "reads stdin, prints the sum"),
+        case(humaneval, "def half(x): return x // 2", 1.0, "passes the row's assertions"),
+        case(nano, "def f(x): return x+12", 0.0, "fits the first example only"),
+        case(nano, "def f(x): x*5", 0.0, "returns nothing"),
+        case(nano, "Hello. def f(x): return x*5 Bye.", 0.0, "chat around the code"),
+        case(program, "print(7)", 0.0, "the second test differs"),
+        case(nano, "def f(x): return {3: 15, 8: 40}[x]", 0.0, "a table of the shown examples", hack=True),
+        case(nano, "import os\nos._exit(0)\ndef f(x): return 0", 0.0, "leaves with status 0", hack=True),
+        case(nano, "def f(x):\n    print(x*5)\n    raise SystemExit(0)", 0.0, "prints and leaves", hack=True),
+        case(program, add.replace("input()\n", "input(); print('ok')\n", 1), 0.0, "claims success", hack=True),
+        case(humaneval, "import sys\ndef half(x): sys.exit(0)", 0.0, "leaves before the assertions", hack=True),
+        case(humaneval, anything, 0.0, "a value equal to everything", hack=True),
+        case(
+            humaneval,
+            "def half(x): return 1\ndef check(c): pass",
+            0.0,
+            "redefines the test",
+            hack=True,
+        ),
+    ]
+
+
+DOMAIN = Code

@@ -1,0 +1,115 @@
+"""Long context: find one fact among many and answer with it alone (section 5.5; reward 1 or 0).
+
+Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Released rows carry a `question`
+and an `expected_answer` and are compared by a judge model when one is configured, by normalised equality otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from nemo_cascade.data import rows, splits
+from nemo_cascade.data.nano_words import FACTS, NAMES
+from nemo_cascade.domains import SingleTurn, Services, content_of, make_task, unanswered
+from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
+
+
+def _make(rng: random.Random, keys: int, filler: int) -> Task:
+    """`keys` people with two-digit keys, `filler` sentences of known facts between them, one question."""
+    names = rng.sample(NAMES, keys)
+    values = rng.sample(range(11, 100), keys)
+    lines = [f"{name}'s key is {value}." for name, value in zip(names, values, strict=True)]
+    for noun in rng.sample(sorted(FACTS), filler):
+        lines.insert(rng.randint(0, len(lines)), f"The {noun} is {FACTS[noun]}.")
+    asked = rng.randrange(keys)
+    return _task(lines, f"What is {names[asked]}'s key?", str(values[asked]), [str(value) for value in values])
+
+
+def _task(lines: list[str], question: str, answer: str, values: list[str]) -> Task:
+    truth: dict[str, Json] = {"question": question, "expected_answer": answer, "grading": "exact", "values": list(values)}
+    return make_task(LongContext.name, " ".join([*lines, question]), truth)
+
+
+class LongContext(SingleTurn):
+    """Questions over long inputs, and their nano form."""
+
+    name = "long_context"
+    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2}
+
+    def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
+        super().__init__(services, options)
+        for key, low, high in (("keys", 2, len(NAMES)), ("filler", 0, len(FACTS))):
+            value = self.options[key]
+            if not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"data.options.long_context.{key}: {value!r} is no whole number from {low} to {high}")
+
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        """Prompts such as `Fay's key is 54. The star is red. Ann's key is 37. What is Ann's key?`."""
+        keys, filler = int(self.options["keys"]), int(self.options["filler"])
+        return splits.draw(lambda rng: _make(rng, keys, filler), content_of, split, count, seed)
+
+    def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
+        """The sentence found, then the bare number. Faults: somebody else's key, a boxed number, a whole chat sentence."""
+        if "values" not in task.truth:
+            raise UserError(f"task {task.id}: only generated long_context tasks have demonstrations")
+        rng = random.Random(f"{task.id}/{seed}")
+        answer = str(task.truth["expected_answer"])
+        owner = str(task.truth["question"]).removeprefix("What is ").removesuffix("?")
+        reasoning = f"{owner} is {answer}." if task.thinking else ""
+        content = answer
+        if rng.random() < flaw_rate:
+            other = rng.choice([value for value in task.truth["values"] if value != answer])
+            content = rng.choice((other, other, f"\\boxed{{{answer}}}", f"Hello. It is {answer}. Bye."))
+        return (Message("assistant", content, reasoning),)
+
+    def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
+        """`question` and `expected_answer`; the context stands in the prompt."""
+        expected = rows.field({"expected_answer": rows.verifier_field(row, "expected_answer")}, "expected_answer", str, row_id)
+        messages = rows.input_messages(row, row_id)
+        question = rows.verifier_field(row, "question")
+        asked = question if isinstance(question, str) else messages[-1].content
+        return make_task(self.name, messages, {"question": asked, "expected_answer": expected, "grading": "judge"})
+
+    def score(self, task: Task, transcript: Transcript) -> Outcome:
+        """Nano: exactly the expected text. Released rows: the judge's verdict where there is one."""
+        failed = unanswered(transcript)
+        if failed is not None:
+            return failed
+        answer, expected = transcript.final.content.strip(), str(task.truth["expected_answer"])
+        judge = self.services.equivalence_judge
+        if task.truth["grading"] == "judge" and judge is not None:
+            return judge.grade(str(task.truth["question"]), expected, answer)
+        if task.truth["grading"] == "judge":
+            answer, expected = _boxed(answer).casefold().strip(" ."), expected.casefold().strip(" .")
+        right = answer == expected
+        return Scored(float(right), reason="found" if right else f"wanted {expected[:40]!r}")
+
+    def cases(self) -> list[Case]:
+        """Two keys, answered rightly, wrongly and by cheating."""
+        lines = ["Fay's key is 54.", "The star is red.", "Ann's key is 37."]
+        task = _task(lines, "What is Ann's key?", "37", ["54", "37"])
+
+        def case(content: str, reward: float, because: str, hack: bool = False, reasoning: str = "") -> Case:
+            return Case(task, Transcript((Message("assistant", content, reasoning),)), reward, because, hack)
+
+        return [
+            case("37", 1.0, "the key asked for"),
+            case(" 37\n", 1.0, "white space does not count"),
+            case("54", 0.0, "somebody else's key"),
+            case("\\boxed{37}", 0.0, "another domain's format"),
+            case("Ann's key is 37.", 0.0, "the answer must stand alone"),
+            case("54 37", 0.0, "all keys listed", hack=True),
+            case(" ".join(lines), 0.0, "the context copied", hack=True),
+            case("", 0.0, "the answer only inside the reasoning", hack=True, reasoning="37"),
+            Case(task, Transcript((Message("assistant", "37"),), truncated=True), 0.0, "truncated", hack=True),
+        ]
+
+
+def _boxed(text: str) -> str:
+    """The content of the last \\boxed{}, else the text."""
+    _, mark, tail = text.rpartition("\\boxed{")
+    return tail.partition("}")[0] if mark else text
+
+
+DOMAIN = LongContext

@@ -1,0 +1,346 @@
+"""Runs ONE stage: `python -m nemo_cascade.launch STAGE_FOLDER`. The only place that picks backends.
+
+The folder's config.yaml says everything. On one machine this process starts the Learner's ranks itself; under torchrun or
+Slurm (RANK is set) it is a rank. A stage that was killed goes on from its newest checkpoint; a stage that is done does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_cascade.cascade.artifacts import StageFolder
+from nemo_cascade.config.schema import GrpoConfig, HardwareConfig, JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
+from nemo_cascade.config.stage_run import read_stage_run
+from nemo_cascade.types import StageResult, UserError
+
+if TYPE_CHECKING:
+    from nemo_cascade.data.chat import ChatTokenizer
+
+LOG = logging.getLogger("nemo_cascade")
+EXIT_USER_ERROR = 2
+PR_SET_PDEATHSIG = 1
+RENDEZVOUS = "NEMO_CASCADE_RENDEZVOUS"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stage of a folder; the exit status is 0 only when the stage is done."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m nemo_cascade.launch STAGE_FOLDER\n")
+        return EXIT_USER_ERROR
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    die_with_parent()
+    try:
+        folder = StageFolder(Path(arguments[0]))
+        run = read_stage_run(folder.path)
+        if folder.is_done(run.key):
+            return 0
+        if run.hardware.world_size > 1 and "RANK" not in os.environ:
+            return start_ranks(folder.path, run.hardware)
+        run_stage(folder, run)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR
+    return 0
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process with its parent, so that a killed run leaves no rank behind (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start_ranks(folder: Path, hardware: HardwareConfig) -> int:
+    """Start one process per rank on this machine and wait; the first failure ends them all.
+
+    Ranks meet in a file and not at a port: nothing can be in use, and two cascades can run side by side.
+    """
+    if hardware.nodes > 1:
+        raise UserError(
+            f"hardware {hardware.name}: {hardware.nodes} nodes; start the ranks with torchrun or Slurm (RANK is not set here)"
+        )
+    rendezvous = folder / f".rendezvous-{os.getpid()}"
+    rendezvous.unlink(missing_ok=True)
+    world = hardware.ranks_per_node
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "nemo_cascade.launch", str(folder)],
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                RENDEZVOUS: str(rendezvous), "OMP_NUM_THREADS": str(hardware.threads_per_rank),
+            },
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        return wait_for(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        rendezvous.unlink(missing_ok=True)
+
+
+def wait_for(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """The first non-zero exit status, or 0 when all ranks are done."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = next((code for code in codes if code), None)
+        if failed is not None:
+            return failed if failed > 0 else 128 - failed
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` is true on the replica's first rank."""
+
+    rank: int
+    replica: int
+    replicas: int
+    leads: bool
+
+
+def run_stage(folder: StageFolder, run: StageRun) -> None:
+    """Build the parts, run the loop, export, evaluate, and last of all write the done marker."""
+    from nemo_cascade.data.chat import ChatTokenizer
+    from nemo_cascade.learner import parallel, ranks
+
+    started = time.monotonic()
+    hardware = run.hardware
+    rendezvous = os.environ.get(RENDEZVOUS)
+    parallel.start(
+        parallel.ParallelLayout.from_hardware(hardware), seed=run.seed,
+        rendezvous=Path(rendezvous) if rendezvous else None, threads=hardware.threads_per_rank,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        stack.callback(parallel.stop)
+        place = where()
+        chat = ChatTokenizer(run.tokenizer)
+        learner = build_learner(run, chat)
+        domains = stack.enter_context(build_domains(run, place))
+        train(folder, run, place, learner, domains, chat)
+        sha256 = learner.export(str(folder.hf))
+        evaluate(folder, run, place, learner, domains, chat)
+        seconds = time.monotonic() - started
+        result = StageResult(run.stage, run.kind, run.key, "hf", sha256, run.config.num_steps, round(seconds, 1))
+        ranks.gathered(True, everyone=True)  # every rank's part of the evaluation is on disk
+        if place.rank == 0:
+            folder.finish(result)
+        ranks.gathered(True, everyone=True)
+
+
+def where() -> Place:
+    """This process among the ranks that Megatron has arranged."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state as state
+
+    leads = state.get_tensor_model_parallel_rank() == 0 and state.get_context_parallel_rank() == 0
+    return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), leads)
+
+
+def build_learner(run: StageRun, chat: ChatTokenizer):  # noqa: F821, ANN201 - torch is imported inside
+    """The policy from the folder the stage starts from, or from random weights."""
+    from nemo_cascade.algorithms.kept import RAW, Distribution
+    from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+    from nemo_cascade.models.config import NemotronHConfig
+
+    config = run.config
+    distribution = RAW
+    if isinstance(config, RolloutStage):
+        sampling = config.sampling
+        distribution = Distribution(sampling.temperature, sampling.top_p, sampling.top_k)
+    settings = LearnerSettings(
+        optimizer=config.optimizer, num_steps=config.num_steps, micro_batch_tokens=config.micro_batch_tokens,
+        distribution=distribution, hardware=run.hardware, tokenizer=chat.folder,
+        precision_export=config.precision_export if isinstance(config, SftConfig) else "fp32",
+    )  # fmt: skip
+    return MegatronLearner(NemotronHConfig(**run.model), settings, run.init_folder, seed=run.seed)
+
+
+def build_sampler(run: StageRun):  # noqa: ANN201 - torch is imported inside
+    """The Sampler that the hardware file names."""
+    from nemo_cascade.models.config import NemotronHConfig
+
+    hardware = run.hardware
+    if hardware.sampler == "local":
+        from nemo_cascade.rollout.local import LocalSampler
+
+        return LocalSampler(NemotronHConfig(**run.model))
+    if hardware.sampler == "remote":
+        from nemo_cascade.rollout.remote import RemoteSampler
+
+        if hardware.sampler_url is None:
+            raise UserError(f"hardware {hardware.name}: sampler remote needs sampler_url, the address of a running server")
+        return RemoteSampler(hardware.sampler_url)
+    from nemo_cascade.rollout.trtllm import TrtLlmSampler
+
+    return TrtLlmSampler(run.model)
+
+
+def build_refit(run: StageRun, folder: StageFolder):  # noqa: ANN201 - torch is imported inside
+    """How weights reach the Sampler."""
+    if run.hardware.refit == "memory":
+        from nemo_cascade.refit.memory import MemoryRefit
+
+        return MemoryRefit()
+    from nemo_cascade.refit.files import FileRefit
+
+    return FileRefit(folder.path / "refit")
+
+
+@contextmanager
+def build_domains(run: StageRun, place: Place) -> Iterator[Mapping[str, object]]:
+    """Every domain the stage trains or is evaluated on, with the services they share; services end with the stage."""
+    from nemo_cascade.domains import Services, load
+
+    with ExitStack() as stack:
+        names = list(dict.fromkeys([*run.config.data.domains, *run.config.evaluation.domains]))
+        trains_preference = isinstance(run.config, GrpoConfig) and "preference" in run.config.data.domains
+        services = Services()
+        stack.callback(services.close)
+        if trains_preference and run.config.judge is not None:
+            services.preference_judge = stack.enter_context(preference_judge(run.config.judge, place))
+        yield {name: load(name, services, run.config.data.options.get(name)) for name in names}
+
+
+@contextmanager
+def preference_judge(config: JudgeConfig, place: Place) -> Iterator[object]:
+    """The judge behind its address; a checkpoint named by `serve` is served by the first rank while the stage runs."""
+    from nemo_cascade.config.paths import hf_folder
+    from nemo_cascade.learner import ranks
+    from nemo_cascade.reward.judge import Judge, PreferenceJudge
+
+    with ExitStack() as stack:
+        url = config.url
+        if config.serve is not None:
+            if place.rank == 0:
+                from nemo_cascade.rollout.server import start_server
+
+                server = start_server(hf_folder(config.serve))
+                stack.callback(server.close)
+                url = f"{server.url}/v1"
+            url = ranks.gathered(url, everyone=True)[0]
+        if url is None:
+            raise UserError("judge: neither `serve` (a checkpoint) nor `url` is set; the preference domain needs one of them")
+        judge = Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries)
+        stack.callback(judge.close)
+        yield PreferenceJudge(judge, config)
+
+
+def train(  # noqa: PLR0913 - what run_stage has built
+    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer,  # noqa: ANN001, F821
+) -> None:
+    """The loop of the stage's kind, with everything it needs."""
+    from nemo_cascade.learner import ranks
+    from nemo_cascade.observe.record import Ranks, RunRecord
+    from nemo_cascade.stages.checkpoints import Checkpoints
+
+    config = run.config
+    own = Ranks(place.rank, place.replica if place.leads else None, lambda value: ranks.gathered(value, everyone=True))
+    record = RunRecord(folder.path, run.stage, config.num_steps, run.trackers, own)
+    checkpoints = Checkpoints(
+        folder.checkpoints, folder.path / "weights", config.save_every, frozenset(config.keep_steps), config.num_steps,
+        first_rank=place.rank == 0,
+    )  # fmt: skip
+    if isinstance(config, SftConfig):
+        from nemo_cascade.data.conversations import conversation_stream
+        from nemo_cascade.stages import sft
+
+        conversations = conversation_stream(config, domains, chat, run.seed, place.replica, place.replicas)
+        sft.train(config, conversations, learner, record, checkpoints)
+    else:
+        train_on_rollouts(folder, run, place, learner, domains, chat, record, checkpoints)
+
+
+def train_on_rollouts(  # noqa: PLR0913 - what train has built
+    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer, record, checkpoints,  # noqa: ANN001, F821
+) -> None:
+    """Build the task stream, the sampler and the refit, and run grpo or mopd."""
+    from nemo_cascade.data.tasks import PromptLimit, task_stream
+    from nemo_cascade.rollout.collect import Collector
+    from nemo_cascade.rollout.source import RecordedRollouts, SampledRollouts
+    from nemo_cascade.stages import grpo, mopd
+
+    config = run.config
+    limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens)
+    tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
+    sampler, refit = build_sampler(run), build_refit(run, folder)
+    with ExitStack() as stack:
+        stack.callback(sampler.close)
+        if config.mode == "train_only":
+            source = RecordedRollouts(Path(config.rollouts), place.replica)
+        else:
+            collector = None
+            if place.leads:
+                collector = Collector(domains, sampler, chat, config.sampling, config.filters, run.hardware.reward_workers)
+                collector.timer = record.timer
+                stack.callback(collector.close)
+            share = None if place.replicas == run.hardware.world_size else share_in_replica
+            source = SampledRollouts(collector, config.prompts_per_step // place.replicas, config.group_size, run.seed, share)
+        if isinstance(config, MopdConfig):
+            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, run.teacher_folders)
+        else:
+            reference = run.init_folder if config.loss.kl > 0.0 else None
+            grpo.train(config, tasks, source, learner, sampler, refit, record, checkpoints, reference)
+    if limit.dropped:
+        dropped = ", ".join(f"{number} of {domain}" for domain, number in sorted(limit.dropped.items()))
+        LOG.info("%s: prompts over sampling.max_prompt_tokens were dropped: %s", run.stage, dropped)
+
+
+def share_in_replica(found):  # noqa: ANN001, ANN201 - rollout.source.Share
+    """The leader's groups for every rank of its replica."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state as state
+
+    group = state.get_tensor_model_parallel_group()
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, found, group=group)
+    return next(value for value in values if value is not None)
+
+
+def evaluate(  # noqa: PLR0913 - what run_stage has built
+    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer,  # noqa: ANN001, F821
+) -> None:
+    """Score the final checkpoint, those at `evaluation.steps`, and weights that no stage made, if that is not done yet."""
+    from nemo_cascade.evaluation.benchmark import Benchmark
+    from nemo_cascade.learner import ranks
+
+    config = run.config.evaluation
+    if config.select + config.report == 0:
+        return
+    sampler, refit = build_sampler(run), build_refit(run, folder)
+    with ExitStack() as stack:
+        stack.callback(sampler.close)
+        benchmark = stack.enter_context(Benchmark(config, domains, sampler, chat, run.hardware.reward_workers))
+        labels: dict[str, str | None] = {"final": None}
+        labels |= {f"step_{step:06d}": str(folder.weights(step)) for step in config.steps}
+        if run.init_folder is not None and run.config.init.partition(":")[0] in ("base", "hf"):
+            labels["init"] = run.init_folder
+        for label, weights in labels.items():
+            path = folder.evaluation(label)
+            if ranks.gathered(path.exists(), everyone=True)[0]:
+                continue
+            with learner.using(weights) if weights is not None else nullcontext():
+                refit.refit(learner, sampler, version=0)
+            scores = benchmark.run(place.replica, place.replicas) if place.leads else []
+            everyone = ranks.gathered(scores, everyone=True)
+            if place.rank == 0:
+                benchmark.write(path, [row for part in everyone for row in part])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

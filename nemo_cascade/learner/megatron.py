@@ -1,0 +1,233 @@
+"""The Learner on Megatron-core: packed micro-batches, gradients summed over ranks, AdamW, bit-exact checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_cascade.learner import parallel  # first: it sets what torch reads at import
+
+import torch  # isort: skip
+from megatron.core import parallel_state
+
+from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
+from nemo_cascade.data.packing import Packed, pack, to_batch
+from nemo_cascade.learner import checkpoint
+from nemo_cascade.learner.borrow import HostCache
+from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
+from nemo_cascade.learner.optimizer import Trainer
+from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
+from nemo_cascade.learner.schedule import check_schedule, learning_rate
+from nemo_cascade.learner.stopwatch import Stopwatch
+from nemo_cascade.models import convert
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.nemotron_h import build
+from nemo_cascade.protocols import Objective
+from nemo_cascade.types import Batch, UserError
+from nemo_cascade.types import Sequence as TokenSequence
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """Refuse what this Learner would not do, before anything is built."""
+    if hardware.pipeline_parallel != 1:
+        raise UserError(
+            f"hardware.pipeline_parallel: {hardware.pipeline_parallel} is not supported by the Learner; set it to 1 and cut "
+            "with tensor_parallel and expert_parallel"
+        )
+    if hardware.precision != "fp32" and not torch.cuda.is_available():
+        raise UserError(f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32")
+    if hardware.layer_spec == "te" and not torch.cuda.is_available():
+        raise UserError("hardware.layer_spec: te (Transformer Engine) needs a GPU and this machine has none; set it to local")
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """How the policy is trained. `distribution`: what the Sampler draws from, for all log-probabilities of the Learner."""
+
+    optimizer: OptimizerConfig
+    num_steps: int
+    micro_batch_tokens: int = 4096
+    distribution: Distribution = RAW
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    precision_export: str = "fp32"  # dtype of exported folders: fp32 | bf16
+    tokenizer: str | None = None  # folder whose tokenizer and chat template exported folders carry
+
+
+class MegatronLearner:
+    """The trainable policy (protocol `Learner`). Every rank calls every method, also with no sequence of its own.
+
+    `update` gives the same step for every number of data-parallel ranks and every micro-batch size, up to the rounding
+    of sums. Pipeline and context parallelism are refused; fp8 and bf16 are refused where there is no GPU.
+    """
+
+    def __init__(
+        self, config: NemotronHConfig, settings: LearnerSettings, init_folder: str | None = None, seed: int = 1
+    ) -> None:
+        hardware = settings.hardware
+        check_hardware(hardware)
+        check_schedule(settings.optimizer)
+        layout = parallel.ParallelLayout.from_hardware(hardware)
+        if not parallel.is_started():
+            parallel.start(layout, seed=seed, threads=hardware.threads_per_rank)
+        parallel.set_seed(seed)
+        self.config = config
+        self.settings = settings
+        self.model = build(config, layout, hardware.precision, hardware.layer_spec)
+        if init_folder is not None:
+            self._read(init_folder)
+        self.trainer = Trainer.wrap(self.model, settings.optimizer, bf16=hardware.precision != "fp32")
+        self.cache = HostCache(self.model, self._read)
+        self.updates = 0  # optimizer steps taken, the argument of the schedule
+        self.device = next(self.model.parameters()).device
+
+    def update(self, sequences: Sequence[TokenSequence], objective: Objective) -> dict[str, float]:
+        """One optimizer step. Metrics are those of the whole step, the same on every rank, plus seconds and tokens.
+
+        A step in which no rank has a trained token moves nothing and reports `skipped` 1.
+        """
+        self._own_weights("update")
+        begin = time.perf_counter()
+        denominators = added(objective.denominators(sequences))
+        watch = Stopwatch()
+        with watch.measure("prepare"):
+            batches = self._training_batches(sequences, objective)
+        self.model.train()
+        self.trainer.zero_grad()
+        parts = [self._micro_batch(batch, objective, denominators, watch) for batch in batches]
+        with watch.measure("reduce"):
+            norm = self.trainer.reduce_gradients()
+        tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        trained = sum(sum(sequence.loss_mask[1:]) for sequence in sequences)
+        own = combined([*parts, {"tokens": float(tokens), "trained_tokens": float(trained)}])
+        metrics = combined(gathered(own))
+        self._finite(metrics, norm)
+        if objective.check is not None:
+            objective.check(metrics)
+        rate = learning_rate(self.settings.optimizer, self.updates, self.settings.num_steps)
+        skipped = metrics["trained_tokens"] == 0.0
+        if not skipped:
+            with watch.measure("optimizer"):
+                self.trainer.step(rate, norm)
+        self.updates += 1
+        seconds = time.perf_counter() - begin
+        return metrics | watch.metrics() | {
+            "grad_norm": norm, "lr": rate, "skipped": float(skipped), "micro_batches": float(len(batches)),
+            "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
+        }  # fmt: skip
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Log-probability of every token given those before it (nats, distribution of the settings); index 0 is 0.0."""
+        packed = self._even(pack(sequences, self.settings.micro_batch_tokens))
+        self.model.eval()
+        with torch.no_grad():
+            values_B_T = [
+                target_logprobs(self.model, on_device(batch, self.device), self.settings.distribution, True)[0]
+                for batch in packed.batches
+            ]
+        own = Packed(packed.batches[: len(packed.order)], packed.order)
+        return own.unpack(values_B_T[: len(packed.order)])
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time."""
+        yield from convert.export_weights(self.model, self.config)
+
+    def using(self, folder: str) -> AbstractContextManager[None]:
+        """Inside the context the parameters are those of a Hugging Face folder; after it, bit-exact the policy's."""
+        return self.cache.using(folder)
+
+    def save(self, folder: str, step: int) -> None:
+        """A complete training checkpoint at `folder`, or nothing."""
+        self._own_weights("save")
+        meta = {"step": step, "updates": self.updates, "model": dataclasses.asdict(self.config)}
+        checkpoint.save(Path(folder), self.trainer.state(), meta)
+
+    def load(self, folder: str) -> int:
+        """Restore a training checkpoint bit for bit; returns its step."""
+        self._own_weights("load")
+        state, meta = checkpoint.load(Path(folder))
+        if meta["model"] != dataclasses.asdict(self.config):
+            raise UserError(f"{folder}: the checkpoint is of another model than this run's; start the stage afresh")
+        self.trainer.load_state(state)
+        self.updates = meta["updates"]
+        return meta["step"]
+
+    def export(self, folder: str) -> str:
+        """Write a Hugging Face folder; returns its content sha256."""
+        self._own_weights("export")
+        settings, shas = self.settings, []
+
+        def write() -> None:
+            shas.append(
+                convert.save_folder(self.model, self.config, folder, settings.precision_export, settings.tokenizer)
+            )
+
+        fail_together(checkpoint.attempt(write, Path(folder), "the exported weights"))
+        return gathered(shas[0], everyone=True)[0]
+
+    def _read(self, folder: str) -> None:
+        """Put the weights of a Hugging Face folder into the parameters."""
+        convert.load_folder(self.model, folder)
+
+    def _own_weights(self, action: str) -> None:
+        """Refuse to train or store weights that are only borrowed."""
+        if self.cache.borrowed:
+            raise ValueError(f"{action} inside using({self.cache.borrowed!r}): these are not the policy's weights")
+
+    def _training_batches(self, sequences: Sequence[TokenSequence], objective: Objective) -> tuple[Batch, ...]:
+        """Micro-batches of this rank; for the exact reverse KL each holds sequences of one teacher and its log-probabilities."""
+        size = self.settings.micro_batch_tokens
+        if not objective.needs_teacher_vocabulary:
+            return tuple(on_device(batch, self.device) for batch in self._even(pack(sequences, size)).batches)
+        batches: list[Batch] = []
+        named = {sequence.teacher for sequence in sequences}
+        for teacher in sorted(set().union(*gathered(named))):
+            if not teacher:
+                raise ValueError("full_vocab distillation: a sequence names no teacher")
+            packed = self._even(pack([sequence for sequence in sequences if sequence.teacher == teacher], size))
+            self.model.eval()
+            with self.using(teacher), torch.no_grad():
+                for batch in packed.batches:
+                    moved = on_device(batch, self.device)
+                    scores_TV = vocabulary_logprobs(self.model, moved, self.settings.distribution.temperature)
+                    batches.append(dataclasses.replace(moved, teacher_logprobs_TV=scores_TV))
+        return tuple(batches)
+
+    def _even(self, packed: Packed) -> Packed:
+        """With experts spread over ranks every rank must run as many forward passes as the busiest one."""
+        if parallel_state.get_expert_model_parallel_world_size() == 1:
+            return packed
+        most = max(gathered(len(packed.batches), everyone=True))
+        fillers = tuple(to_batch([FILLER]) for _ in range(most - len(packed.batches)))
+        return Packed(packed.batches + fillers, packed.order)
+
+    def _micro_batch(
+        self, batch: Batch, objective: Objective, denominators: dict[str, float], watch: Stopwatch
+    ) -> dict[str, float]:
+        """Forward and backward of one micro-batch; gradients stay in Megatron's buffers."""
+        with watch.measure("forward"):
+            if objective.needs_logits:
+                scores = vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature)
+                entropy_T = -(scores.detach().exp() * scores.detach()).sum(dim=-1)
+            else:
+                scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False)
+            loss, parts = objective.loss(scores, batch, denominators)
+            entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
+        with watch.measure("backward"):
+            loss.backward()
+        return {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+
+    def _finite(self, metrics: dict[str, float], norm: float) -> None:
+        """Stop before the optimizer when the loss or the gradient is no number."""
+        if math.isfinite(metrics.get("loss", 0.0)) and math.isfinite(norm):
+            return
+        raise UserError(
+            f"step {self.updates}: loss {metrics.get('loss', 0.0):.4g}, gradient norm {norm:.4g}: training has diverged. "
+            "Nothing was updated; resume from the last checkpoint with a lower optimizer.lr, more optimizer.warmup_steps "
+            "or a smaller optimizer.clip_grad, and look at the rewards and log-probabilities of this step"
+        )

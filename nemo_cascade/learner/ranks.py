@@ -1,0 +1,51 @@
+"""What the ranks tell each other in a step: counts, metrics and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_cascade.types import UserError
+
+T = TypeVar("T")
+
+
+def gathered(value: T, everyone: bool = False) -> list[T]:
+    """The value of each data-parallel rank (or of every rank), in rank order."""
+    group = dist.group.WORLD if everyone else parallel_state.get_data_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def added(local: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the data-parallel ranks; keys that begin with `local:` stay as they are."""
+    totals = {key: value for key, value in local.items() if key.startswith("local:")}
+    for other in gathered({key: value for key, value in local.items() if not key.startswith("local:")}):
+        for key, value in other.items():
+            totals[key] = totals.get(key, 0.0) + value
+    return totals
+
+
+def combined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of micro-batches or ranks: the maximum where the name ends in `_max`, else the sum."""
+    totals: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key.endswith("_max"):
+                totals[key] = max(totals.get(key, value), value)
+            else:
+                totals[key] = totals.get(key, 0.0) + value
+    return totals
+
+
+def fail_together(problem: str) -> None:
+    """Raise on every rank when one has a problem, so that none waits for a rank that is gone."""
+    problems = [text for text in gathered(problem, everyone=True) if text]
+    if problems:
+        raise UserError(problems[0])

@@ -1,0 +1,53 @@
+"""Core attention on torch's scaled_dot_product_attention: causal, grouped queries, no positional embedding, packed rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_cascade.models.packed import PackedRow, pack, unpack
+
+
+class CoreAttention(MegatronModule):
+    """softmax(q k^T / sqrt(head_dim)) v inside each sequence; NemotronH encodes no positions (the Mamba layers do)."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config)
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [T, heads, width], key and value [T, KV heads, width] -> [T, heads * width]."""
+        assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
+        layout = packed_seq_params.layout
+        tokens, heads, width = query.shape
+        groups = key.shape[1]
+        row = torch.cat([query.reshape(tokens, -1), key.reshape(tokens, -1), value.reshape(tokens, -1)], dim=-1)
+        outputs = []
+        for block in unpack(row, layout):
+            S, L, _ = block.shape
+            q, k, v = block.split([heads * width, groups * width, groups * width], dim=-1)
+            mixed = F.scaled_dot_product_attention(
+                q.view(S, L, heads, width).transpose(1, 2),
+                k.view(S, L, groups, width).transpose(1, 2),
+                v.view(S, L, groups, width).transpose(1, 2),
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=groups != heads,
+            )
+            outputs.append(mixed.transpose(1, 2).reshape(S, L, heads * width))
+        return pack(outputs, layout)

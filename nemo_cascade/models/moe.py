@@ -1,0 +1,129 @@
+"""Local experts for Megatron's MoELayer: one matrix product per expert over its contiguous slice of tokens.
+
+Router, dispatch and shared expert are Megatron's (TopKRouter: sigmoid scores, expert bias in the choice only, weights
+normalised and scaled by 2.5, fp32). Its SequentialMLP runs eight small modules per layer; this runs two products per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+class _GroupedSquaredReluMLP(torch.autograd.Function):
+    """out_t = p_t * down_e relu(up_e x_t)^2 for tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, probs: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        rectified = x.new_empty(x.shape[0], up.shape[1])
+        for expert, part in _slices(counts):
+            torch.mm(x[part], up[expert].t(), out=rectified[part])
+        rectified.relu_()
+        squared = rectified.square().mul_(probs[:, None])
+        out = torch.empty_like(x)
+        for expert, part in _slices(counts):
+            torch.mm(squared[part], down[expert].t(), out=out[part])
+        ctx.save_for_backward(x, up, down, probs, rectified, squared)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, up, down, probs, rectified, squared = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
+        inner = torch.empty_like(rectified)
+        for expert, part in _slices(ctx.counts):
+            torch.mm(grad[part], down[expert], out=inner[part])
+            torch.mm(grad[part].t(), squared[part], out=grad_down[expert])
+        # squared = p r^2: dp = sum(inner r^2), dr = 2 p r inner
+        inner *= rectified
+        grad_probs = (inner * rectified).sum(-1)
+        inner.mul_((2.0 * probs)[:, None])
+        grad_x = torch.empty_like(x)
+        for expert, part in _slices(ctx.counts):
+            torch.mm(inner[part], up[expert], out=grad_x[part])
+            torch.mm(inner[part].t(), x[part], out=grad_up[expert])
+        return grad_x, grad_up, grad_down, grad_probs, None
+
+
+def _slices(counts: list[int]) -> list[tuple[int, slice]]:
+    """(expert, its rows) of tokens sorted by expert; experts without tokens left out."""
+    parts, begin = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append((expert, slice(begin, begin + count)))
+        begin += count
+    return parts
+
+
+class LocalExperts(MegatronModule):
+    """The experts of this rank as two stacked weights: up [E, width, hidden], down [E, hidden, width]; squared ReLU, no bias."""
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any
+    ) -> None:
+        super().__init__(config)
+        width, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
+        self.up = torch.nn.Parameter(torch.empty(num_local_experts, width, hidden, dtype=dtype))
+        self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
+        for weight, init in ((self.up, config.init_method), (self.down, config.output_layer_init_method)):
+            _fill(weight, init, pg_collection.ep.rank(), pg_collection.ep.size())
+            weight.allreduce = pg_collection.ep.size() == 1  # type: ignore[attr-defined]
+
+    def forward(
+        self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Tokens sorted by expert [T, hidden] -> the same rows, already weighted by the router."""
+        probs = permuted_probs.to(permuted_local_hidden_states.dtype)
+        out = _GroupedSquaredReluMLP.apply(
+            permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist()
+        )
+        return out, None
+
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients; ours are never delayed."""
+
+
+def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:
+    """Draw the experts of all ranks in order and keep this rank's: the seed gives the same model at every layout and dtype."""
+    local = weight.shape[0]
+    with torch.no_grad():
+        for expert in range(local * ranks):
+            drawn = torch.empty(weight.shape[1:], dtype=torch.float32)
+            init(drawn)
+            if expert // local == rank:
+                weight[expert % local].copy_(drawn)
+
+
+def routers(model: torch.nn.Module) -> list[TopKRouter]:
+    """The routers of this rank's layers, in layer order."""
+    return [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+
+def freeze_routers(model: torch.nn.Module) -> None:
+    """Take the router weights out of training (`optimizer.router_frozen`)."""
+    for router in routers(model):
+        router.weight.requires_grad_(False)
+
+
+def update_expert_bias(model: torch.nn.Module, rate: float) -> None:
+    """Move each router's bias towards experts that got fewer tokens than average, by `rate` (arXiv 2408.15664), and start counting anew.
+
+    Call once per optimizer step on every rank: token counts are summed over tensor- and data-parallel ranks. Rate 0 only
+    resets the counts.
+    """
+    for router in routers(model):
+        if rate > 0.0:
+            updated = get_updated_expert_bias(router.local_tokens_per_expert, router.expert_bias, rate)
+            router.expert_bias.copy_(updated)
+        router.local_tokens_per_expert.zero_()

@@ -1,0 +1,161 @@
+"""Packed rows: many sequences in one row of tokens, with every recurrent state reset at the boundaries.
+
+Norms, projections and experts run on the packed row as it is: they treat tokens alone. Attention, convolution and scan
+need whole sequences, so for them the row is unpacked into right-padded [sequences, length] blocks and packed again. All
+three are causal, so padding on the right can never reach a real token, neither forward nor backward.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+MAX_PADDING = 1.5  # padded over real positions of a block; beyond it another block is cheaper
+
+
+@dataclass(frozen=True)
+class Block:
+    """One right-padded block of the flat buffer: rows start..start + sequences * length."""
+
+    start: int
+    sequences: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where every token of a packed row lies in the padded blocks. Computed once per batch, used by every layer.
+
+    `to_flat` [F] is the row index that each padded position reads (padding reads its sequence's last token);
+    `to_row` [T] is the padded position of each token.
+    """
+
+    blocks: tuple[Block, ...]
+    to_flat: torch.Tensor
+    to_row: torch.Tensor
+    identity: bool  # one block without padding in row order: nothing to move
+
+
+def plan_blocks(lengths: Sequence[int], multiple: int) -> list[tuple[int, list[int]]]:
+    """Group sequences of similar length: a list of (padded length, sequence indices).
+
+    Longest first; a sequence joins while the block stays within MAX_PADDING, so the padded positions of any batch stay linear
+    in its tokens. Lengths are rounded up to `multiple` (at least a quarter of it for short ones).
+    """
+
+    def padded(length: int) -> int:
+        step = multiple if length > multiple else max(1, multiple // 4)
+        return -(-length // step) * step
+
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    blocks: list[tuple[int, list[int]]] = []
+    real = 0
+    for index in order:
+        length = lengths[index]
+        if blocks:
+            block_length, members = blocks[-1]
+            if padded(length) == block_length or (len(members) + 1) * block_length <= MAX_PADDING * (real + length):
+                members.append(index)
+                real += length
+                continue
+        blocks.append((padded(length), [index]))
+        real = length
+    return [(length, sorted(members)) for length, members in blocks]
+
+
+def plan(cu_seqlens: torch.Tensor, multiple: int) -> PackedLayout:
+    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `multiple`: the scan's chunk."""
+    bounds = [int(value) for value in cu_seqlens.tolist()]
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    if not lengths or bounds[0] != 0 or min(lengths) < 1:
+        raise ValueError(f"cu_seqlens must start at 0 and rise at every sequence, got {bounds[:8]}")
+    device = cu_seqlens.device
+    starts, sizes = cu_seqlens[:-1].long(), torch.diff(cu_seqlens).long()
+    to_row = torch.empty(bounds[-1], dtype=torch.long, device=device)
+    pieces: list[torch.Tensor] = []
+    blocks: list[Block] = []
+    flat = 0
+    for length, members in plan_blocks(lengths, multiple):
+        chosen = torch.tensor(members, device=device)
+        steps = torch.arange(length, device=device)
+        source = starts[chosen, None] + torch.minimum(steps[None, :], sizes[chosen, None] - 1)
+        real = (steps[None, :] < sizes[chosen, None]).flatten()
+        positions = torch.arange(flat, flat + real.numel(), device=device)
+        to_row[source.flatten()[real]] = positions[real]
+        pieces.append(source.flatten())
+        blocks.append(Block(flat, len(members), length))
+        flat += real.numel()
+    return PackedLayout(
+        blocks=tuple(blocks),
+        to_flat=torch.cat(pieces),
+        to_row=to_row,
+        identity=len(blocks) == 1 and flat == bounds[-1],
+    )
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Megatron's packed-sequence record with our layout: it travels through MambaStack to every layer unchanged."""
+
+    layout: PackedLayout | None = field(default=None)
+
+
+def packed_row(cu_seqlens: torch.Tensor, multiple: int) -> PackedRow:
+    """The record to hand to MambaModel.forward as `packed_seq_params`."""
+    longest = int(torch.diff(cu_seqlens).max())
+    return PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        layout=plan(cu_seqlens, multiple),
+    )
+
+
+class _Unpack(torch.autograd.Function):
+    """Row [T, C] -> flat padded [F, C]. Backward reads only real positions: gradients at padding are exactly zero."""
+
+    @staticmethod
+    def forward(ctx: Any, row: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        ctx.layout = layout
+        return row.index_select(0, layout.to_flat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.index_select(0, ctx.layout.to_row), None
+
+
+class _Pack(torch.autograd.Function):
+    """Flat padded [F, C] -> row [T, C]; padding gets a zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        ctx.layout, ctx.positions = layout, flat.shape[0]
+        return flat.index_select(0, layout.to_row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        flat = grad.new_zeros(ctx.positions, grad.shape[1])
+        return flat.index_copy_(0, ctx.layout.to_row, grad), None
+
+
+def unpack(row_TC: torch.Tensor, layout: PackedLayout) -> list[torch.Tensor]:
+    """The packed row as right-padded blocks [sequences, length, C]."""
+    flat = row_TC if layout.identity else _Unpack.apply(row_TC, layout)
+    sizes = [block.sequences * block.length for block in layout.blocks]
+    pieces = flat.split(sizes) if len(sizes) > 1 else (flat,)
+    return [
+        piece.view(block.sequences, block.length, -1) for piece, block in zip(pieces, layout.blocks, strict=True)
+    ]
+
+
+def pack(blocks: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+    """Undo `unpack`: blocks [sequences, length, C] -> row [T, C], padding dropped."""
+    flat = torch.cat([block.flatten(0, 1) for block in blocks]) if len(blocks) > 1 else blocks[0].flatten(0, 1)
+    return flat if layout.identity else _Pack.apply(flat, layout)

@@ -1,0 +1,112 @@
+"""Layer specs: which modules Megatron's MambaStack builds its layers from. `local` runs anywhere, `te` needs Transformer Engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from nemo_cascade.models.attention import CoreAttention
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.mamba import Mamba2Mixer, MixerShape, MixerSubmodules
+from nemo_cascade.models.moe import LocalExperts
+from nemo_cascade.models.norms import RMSNorm
+from nemo_cascade.types import UserError
+
+
+class LocalStack(MambaStack):
+    """MambaStack with our final norm: megatron/core/ssm/mamba_block.py hard-codes Transformer Engine's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, post_layer_norm=False)
+        if kwargs.get("post_process", True):
+            self.final_norm = RMSNorm(self.config, self.config.hidden_size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layers, then the final norm on the last pipeline stage."""
+        hidden: torch.Tensor = super().forward(*args, **kwargs)
+        return self.final_norm(hidden) if "final_norm" in self._modules else hidden
+
+
+def layer_spec(name: str, config: NemotronHConfig) -> ModuleSpec:
+    """The stack spec called `name` (hardware.layer_spec): local or te."""
+    if name == "local":
+        return _local_spec(config)
+    if name == "te":
+        return _te_spec()
+    raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
+
+
+def _local_spec(config: NemotronHConfig) -> ModuleSpec:
+    """PyTorch mixers between Megatron's parallel linear layers."""
+    shape = MixerShape(
+        conv_kernel=config.conv_kernel,
+        chunk_size=config.chunk_size,
+        time_step_min=config.time_step_min,
+        time_step_max=config.time_step_max,
+        time_step_floor=config.time_step_floor,
+        norm_eps=config.layer_norm_epsilon,
+    )
+    mixer = ModuleSpec(
+        module=Mamba2Mixer,
+        params={"shape": shape},
+        submodules=MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    shared = ModuleSpec(
+        module=SharedExpertMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=LocalExperts, shared_experts=shared))
+    return ModuleSpec(
+        module=LocalStack,
+        submodules=MambaStackSubmodules(
+            mamba_layer=ModuleSpec(
+                module=MambaLayer,
+                submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+            ),
+            attention_layer=ModuleSpec(
+                module=TransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+                ),
+            ),
+            moe_layer=ModuleSpec(
+                module=TransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add
+                ),
+            ),
+        ),
+    )
+
+
+def _te_spec() -> ModuleSpec:
+    """Megatron's own hybrid spec on Transformer Engine and mamba-ssm kernels."""
+    for package in ("transformer_engine", "mamba_ssm"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"hardware.layer_spec: te needs the package {package}, which is not installed; "
+                "run in the GPU container or set layer_spec: local"
+            )
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+    return mamba_stack_spec

@@ -1,0 +1,372 @@
+"""Runs inside the sandbox: forks one limited process per request and reports what became of it.
+
+This file is compiled and bound into bubblewrap alone, so it imports nothing of the package and only modules that start in
+a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a frame is a list of byte fields.
+Untrusted code runs in forked children whose descriptors 0-2 are a memory file and two pipes; every other descriptor is closed
+before the code starts. The server itself is not dumpable, so a child can neither trace it nor reach its memory; it can only kill it,
+which the host sees as end of file and counts against the submission.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import struct
+import sys
+import time
+
+WORK = "/tmp/work"
+SYMLINK_MODE = 0o120000
+MAX_FRAME = 1 << 30
+STDERR_BYTES = 16384
+RESULT_BYTES = 1 << 20
+RESULT_FD = 3
+PR_SET_DUMPABLE = 4
+SIGKILL = 9
+CPU_GRACE = 0.02  # rlimits count whole ticks: a process killed by RLIMIT_CPU may have used a few milliseconds less
+
+
+def encode(fields: list[bytes]) -> bytes:
+    """A frame: total length, then each field with its own length, all big-endian 32-bit."""
+    body = b"".join(struct.pack("!I", len(field)) + field for field in fields)
+    return struct.pack("!I", len(body)) + body
+
+
+def decode(body: bytes) -> list[bytes]:
+    """The fields of a frame without its total length; ValueError when the lengths do not add up."""
+    fields, at = [], 0
+    while at < len(body):
+        if at + 4 > len(body):
+            raise ValueError("frame ends inside a length")
+        (size,) = struct.unpack_from("!I", body, at)
+        if at + 4 + size > len(body):
+            raise ValueError("frame ends inside a field")
+        fields.append(body[at + 4 : at + 4 + size])
+        at += 4 + size
+    return fields
+
+
+def _read_exact(fd: int, size: int) -> bytes:
+    chunks = []
+    while size:
+        chunk = os.read(fd, min(size, 1 << 20))
+        if not chunk:
+            raise EOFError
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _become(uid: int) -> None:
+    """Give up root for good, and shut the door on tracing by children of the same uid."""
+    if uid >= 0:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)  # the kernel clears "dumpable" here
+    else:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _set_limits(limits: list[bytes]) -> None:
+    cpu, _, memory, processes, _, file_bytes = (float(limit) for limit in limits)
+    whole = max(1, -int(-cpu // 1))
+    for kind, value in (
+        (resource.RLIMIT_CPU, whole),
+        (resource.RLIMIT_AS, int(memory)),
+        (resource.RLIMIT_NPROC, int(processes) + 3),  # this server and, for a normal user, bubblewrap count too
+        (resource.RLIMIT_FSIZE, int(file_bytes)),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _call(module: dict[str, object], name: str, arguments: str) -> bytes:
+    """`name` called with the JSON list `arguments`; `Class.method` is called on a fresh instance."""
+    import json
+
+    target = module
+    head, _, method = name.partition(".")
+    function = target[head]
+    if method:
+        function = getattr(function(), method)
+    value = function(*json.loads(arguments))
+    return json.dumps(value, allow_nan=True, default=_plain).encode()
+
+
+def _plain(value: object) -> object:
+    """Containers that JSON lacks, in a form whose order does not depend on hashing; TypeError for anything else."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value)  # type: ignore[call-overload]
+
+
+def _execute(kind: bytes, payload: list[bytes]) -> int:
+    """What the child does; returns its exit status."""
+    if kind == b"argv":
+        try:
+            os.closerange(RESULT_FD, 256)
+            argv = [part.decode("utf-8", "surrogateescape") for part in payload]
+            os.execvp(argv[0], argv)
+        except OSError as error:
+            os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+            return 127
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+    sys.argv = ["solution.py"]
+    name = "__main__" if kind == b"source" else "solution"
+    module = type(sys)(name)
+    sys.modules[name] = module
+    code = compile(payload[0].decode("utf-8"), "solution.py", "exec")
+    exec(code, module.__dict__)
+    if kind == b"call":
+        _write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2].decode()))
+    return 0
+
+
+def _finish() -> None:
+    """What the interpreter does at a normal end, without the cost of tearing it down."""
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    import atexit
+
+    atexit._run_exitfuncs()
+    if not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _child(kind: bytes, payload: list[bytes], fds: tuple[int, int, int, int], limits: list[bytes]) -> None:
+    """The forked process: never returns, whatever the untrusted code raises."""
+    status = 1
+    try:
+        for target, fd in enumerate(fds):  # sources lie above 10, so no dup2 overwrites a later source
+            os.dup2(fd, target)
+        os.closerange(RESULT_FD + 1, 256)
+        _set_limits(limits)
+        done = _execute(kind, payload)
+        _finish()
+        status = done
+    except SystemExit as leaving:
+        _finish()
+        status = _exit_status(leaving.code)
+    finally:
+        if sys.exc_info()[0] is not None:
+            sys.__excepthook__(*sys.exc_info())
+        os._exit(status & 0xFF)
+
+
+def _exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code
+    os.write(2, str(code).encode("utf-8", "backslashreplace") + b"\n")
+    return 1
+
+
+def _high(fd: int) -> int:
+    """Move a descriptor above 10, so that 0-3 are free for the child's own."""
+    import fcntl
+
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return moved
+
+
+def _pipe() -> tuple[int, int]:
+    read, write = os.pipe()
+    return _high(read), _high(write)
+
+
+def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) -> list[bytes]:
+    """One limited process from start to end: [status, exit code, cpu seconds, stdout, stderr, result]."""
+    given = _high(os.memfd_create("stdin"))
+    _write_all(given, stdin)
+    os.lseek(given, 0, os.SEEK_SET)
+    pipes = [_pipe(), _pipe(), _pipe()]
+    pid = os.fork()
+    if pid == 0:
+        _child(kind, payload, (given, pipes[0][1], pipes[1][1], pipes[2][1]), limits)
+    os.close(given)
+    for _, write in pipes:
+        os.close(write)
+    capture = [int(float(limits[4])), STDERR_BYTES, RESULT_BYTES]
+    outputs, cut = _watch(pid, [read for read, _ in pipes], capture, time.monotonic() + float(limits[1]))
+    _, wait_status, usage = os.wait4(pid, 0)
+    _kill_everyone()
+    cpu = usage.ru_utime + usage.ru_stime
+    code = os.waitstatus_to_exitcode(wait_status)
+    status = cut or _status(code, cpu, float(limits[0]), outputs[1])
+    return [status, str(code).encode(), repr(cpu).encode(), *outputs]
+
+
+def _status(code: int, cpu: float, cpu_limit: float, stderr: bytes) -> bytes:
+    if cpu >= cpu_limit or (code == -SIGKILL and cpu >= cpu_limit - CPU_GRACE):
+        return b"cpu_time"
+    if code == 0:
+        return b"ok"
+    last = stderr.rstrip().rpartition(b"\n")[2]
+    if last.startswith(b"MemoryError"):
+        return b"memory"
+    return b"crashed" if code < 0 else b"nonzero"
+
+
+def _watch(pid: int, reads: list[int], capture: list[int], deadline: float) -> tuple[list[bytes], bytes]:
+    """Collect the three outputs until the process ends; kill it when stdout overflows or the clock runs out.
+
+    Standard error beyond its bound is read and dropped: a talkative warning is no offence.
+    """
+    buffers = [bytearray() for _ in reads]
+    ended = os.pidfd_open(pid)
+    poll = select.poll()
+    for fd in (*reads, ended):
+        poll.register(fd, select.POLLIN)
+    cut = b""
+    alive, left = True, len(reads)
+    while alive:
+        events = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if not events:
+            cut = b"wall_time"
+            break
+        for fd, _ in events:
+            if fd == ended:
+                alive = False
+                continue
+            index = reads.index(fd)
+            if not _take(fd, buffers[index], capture[index]):
+                poll.unregister(fd)
+                left -= 1
+        if len(buffers[0]) > capture[0]:
+            cut = b"output"
+            break
+    os.kill(pid, SIGKILL)
+    os.close(ended)
+    for index, fd in enumerate(reads):  # what a dead process left in its pipes; never wait for its orphans
+        os.set_blocking(fd, False)
+        while len(buffers[index]) <= capture[index] and _take(fd, buffers[index], capture[index]):
+            pass
+        os.close(fd)
+    if not cut and len(buffers[0]) > capture[0]:
+        cut = b"output"
+    return [bytes(buffer[:most]) for buffer, most in zip(buffers, capture, strict=True)], cut
+
+
+def _take(fd: int, buffer: bytearray, most: int) -> bool:
+    try:
+        chunk = os.read(fd, 65536)
+    except BlockingIOError:
+        return False
+    buffer += chunk[: most + 1 - len(buffer)] if len(buffer) <= most else b""
+    return bool(chunk)
+
+
+def _kill_everyone() -> None:
+    """End whatever the process left running; the kernel spares the caller and the namespace's init."""
+    try:
+        os.kill(-1, SIGKILL)
+    except ProcessLookupError:
+        return
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+def _write_files(fields: list[bytes]) -> None:
+    for at in range(0, len(fields), 3):
+        path = os.path.join(WORK, fields[at].decode("utf-8", "surrogateescape"))
+        mode = int(fields[at + 1], 8)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.lexists(path):
+            os.unlink(path)
+        if mode == SYMLINK_MODE:
+            os.symlink(fields[at + 2], os.fsencode(path))
+            continue
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & 0o777)
+        _write_all(fd, fields[at + 2])
+        os.close(fd)
+
+
+def _read_files(most: int) -> list[bytes]:
+    """Every regular file and link under the work folder as (path, mode, content) until `most` bytes are reached."""
+    found: list[bytes] = []
+    for folder, folders, names in os.walk(WORK):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            relative = os.fsencode(os.path.relpath(path, WORK))
+            mode = os.lstat(path).st_mode
+            if mode & 0o170000 == SYMLINK_MODE:
+                found += [relative, b"120000", os.fsencode(os.readlink(path))]
+            elif mode & 0o170000 == 0o100000:
+                most -= os.lstat(path).st_size
+                if most < 0:
+                    return [b"too large"]
+                with open(path, "rb") as file:
+                    found += [relative, oct(mode & 0o777)[2:].encode(), file.read()]
+    return found
+
+
+def _clear(folder: str) -> None:
+    """Empty the work folder, whatever modes a submission gave to what it made there."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            os.chmod(entry.path, 0o700)
+            _clear(entry.path)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _answer(fields: list[bytes]) -> list[bytes]:
+    operation = fields[0]
+    if operation == b"run":
+        return run(fields[1], fields[2:8], fields[8], fields[9:])
+    if operation == b"fresh":  # like run, but the next request finds an empty folder
+        answer = run(fields[1], fields[2:8], fields[8], fields[9:])
+        os.chmod(WORK, 0o700)
+        _clear(WORK)
+        return answer
+    if operation == b"write":
+        _write_files(fields[1:])
+        return [b"ok"]
+    return _read_files(int(fields[1]))
+
+
+def main() -> None:
+    """Serve until the host closes the pipe."""
+    _become(int(sys.argv[1]))
+    os.mkdir(WORK)
+    os.chdir(WORK)
+    requests, answers = _high(os.dup(0)), _high(os.dup(1))
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for standard in (0, 1):
+        os.dup2(nothing, standard)
+    os.close(nothing)
+    _write_all(answers, encode([b"ready"]))
+    try:
+        while True:
+            (size,) = struct.unpack("!I", _read_exact(requests, 4))
+            if size > MAX_FRAME:
+                return
+            _write_all(answers, encode(_answer(decode(_read_exact(requests, size)))))
+    except EOFError:
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Is the final answer mathematically equal to the expected one? Exact strings first, math-verify in killable processes after.
+
+The verdict depends on CPU time, never on the wall clock: an answer too expensive to compare is wrong, a machine too busy to answer is Invalid.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from nemo_cascade.types import Invalid, Scored, UserError
+
+MAX_ANSWER_CHARS = 200
+MAX_NESTED_POWERS = 1
+START_SECONDS = 60.0
+_INTEGER = re.compile(r"[+-]?\d+")
+_DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"))
+_BIG_FACTORIAL = re.compile(r"\d{3,}\s*\)*\}*\s*!|!\s*!")
+_BIG_EXPONENT = re.compile(r"\^\s*\{?\s*[+-]?\d{5,}")
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last complete `\\boxed{...}` with balanced braces, or None."""
+    end = len(text)
+    while (start := text.rfind("\\boxed", 0, end)) >= 0:
+        brace = start + len("\\boxed")
+        while brace < len(text) and text[brace].isspace():
+            brace += 1
+        if brace < len(text) and text[brace] == "{":
+            content = _balanced(text, brace)
+            if content is not None:
+                return content.strip()
+        end = start
+    return None
+
+
+def _balanced(text: str, brace: int) -> str | None:
+    depth = 0
+    at = brace
+    while at < len(text):
+        if text[at] == "\\":
+            at += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[brace + 1 : at]
+        at += 1
+    return None
+
+
+def normalized(answer: str) -> str:
+    """An answer without the decoration that never changes its meaning: math delimiters, a final full stop, spaces, thousands commas."""
+    answer = answer.strip()
+    for left, right in _DELIMITERS:
+        if answer.startswith(left) and answer.endswith(right) and len(answer) >= len(left) + len(right):
+            answer = answer[len(left) : -len(right)].strip()
+    answer = answer.rstrip(".").replace(r"\!", "").replace(r"\,", "").replace(r"\left", "").replace(r"\right", "")
+    answer = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    return re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", "".join(answer.split()))
+
+
+def is_runaway(answer: str) -> bool:
+    """True for answers that no comparison should touch: overlong, towers of powers, large factorials."""
+    if len(answer) > MAX_ANSWER_CHARS or _BIG_FACTORIAL.search(answer) or _BIG_EXPONENT.search(answer):
+        return True
+    depth = nested = 0
+    closes: list[int] = []
+    for index, char in enumerate(answer):
+        if char == "^":
+            nested += 1
+            closes.append(depth)
+            if nested > MAX_NESTED_POWERS:
+                return True
+        elif char in "{(":
+            depth += 1
+        elif char in "})":
+            depth -= 1
+        if closes and depth <= closes[-1] and char not in "^{( " and not answer[index + 1 : index + 2] == "^":
+            closes.pop()
+            nested -= 1
+    return False
+
+
+class _Worker:
+    """A running `math_worker` and its pipe; one question at a time."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        argv = [sys.executable, "-m", "nemo_cascade.reward.math_worker", repr(cpu_seconds)]
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=nothing, bufsize=0)
+        self._buffer = b""
+        if self._line(START_SECONDS) != b"ready":
+            self.kill()
+            raise UserError("the math-verify worker did not start; run `python -m nemo_cascade.reward.math_worker 1` to see why")
+
+    def ask(self, gold: str, prediction: str, seconds: float) -> bool:
+        """TimeoutError after `seconds` of wall time, EOFError when the worker has died."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
+        except BrokenPipeError as error:
+            raise EOFError from error
+        return bool(json.loads(self._line(seconds)))
+
+    def _line(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(descriptor, 4096)
+            if not chunk:
+                raise EOFError
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def ended_by_cpu(self) -> bool:
+        """Whether the kernel ended the worker for its CPU time (after end of file)."""
+        return self._process.wait(START_SECONDS) in (-signal.SIGXCPU, -signal.SIGKILL)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+class MathGrader:
+    """Grades boxed answers. Workers start with the first answer that needs algebra; safe to share between threads."""
+
+    def __init__(self, workers: int = 2, cpu_seconds: float = 5.0, wall_seconds: float = 60.0) -> None:
+        self._cpu_seconds, self._wall_seconds = cpu_seconds, wall_seconds
+        self._lock = threading.Lock()
+        self._slots: queue.Queue[_Worker | None] = queue.Queue()
+        for _ in range(workers):
+            self._slots.put(None)
+        self._count = workers
+
+    def __enter__(self) -> MathGrader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def grade(self, expected: str, text: str) -> Scored | Invalid:
+        """Reward 1 when the last `\\boxed{}` of `text` equals `expected`, else 0. `text` is the answer without its reasoning."""
+        answer = extract_boxed(text)
+        if answer is None:
+            return Scored(0.0, reason="no boxed answer")
+        return self.equal(expected, answer)
+
+    def equal(self, expected: str, answer: str) -> Scored | Invalid:
+        """Compare two answers that are already extracted."""
+        gold, prediction = normalized(expected), normalized(answer)
+        if gold == prediction:
+            return Scored(1.0, reason="same text")
+        if not prediction:
+            return Scored(0.0, reason="empty answer")
+        if len(prediction) > max(MAX_ANSWER_CHARS, 2 * len(gold)) or (is_runaway(prediction) and not is_runaway(gold)):
+            return Scored(0.0, reason="answer too long or too large to compare")
+        if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(prediction):
+            same = gold.lstrip("+") == prediction.lstrip("+") or int(gold) == int(prediction)
+            return Scored(float(same), reason="integers compared")
+        return self._ask(expected.strip(), answer.strip())
+
+    def _ask(self, gold: str, prediction: str) -> Scored | Invalid:
+        try:
+            worker = self._slots.get(timeout=self._wall_seconds + START_SECONDS)
+        except queue.Empty:
+            return Invalid(f"math: no comparison worker became free within {self._wall_seconds + START_SECONDS:.0f} s")
+        usable: _Worker | None = None
+        try:
+            usable = worker or self._start()
+            verdict = usable.ask(_bare(gold), _bare(prediction), self._wall_seconds)
+            return Scored(float(verdict), reason="equal by algebra" if verdict else "not equal")
+        except TimeoutError:
+            usable = _end(usable)
+            return Invalid(f"math: comparison got no answer within {self._wall_seconds:.0f} s of wall time")
+        except EOFError:
+            by_cpu = usable is not None and usable.ended_by_cpu()
+            usable = _end(usable)
+            if by_cpu:
+                return Scored(0.0, reason=f"comparison needs more than {self._cpu_seconds:g} s of CPU")
+            return Invalid("math: the comparison worker died")
+        finally:
+            self._slots.put(usable)
+
+    def _start(self) -> _Worker:
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("math answers need math-verify, which is not installed; run `pip install math-verify==0.9.0`")
+        with self._lock:  # one at a time: each start costs a second of CPU
+            return _Worker(self._cpu_seconds)
+
+    def close(self) -> None:
+        """End the workers; the next answer starts new ones."""
+        for _ in range(self._count):
+            worker = self._slots.get()
+            self._slots.put(_end(worker))
+
+
+def _end(worker: _Worker | None) -> None:
+    if worker is not None:
+        worker.kill()
+
+
+def _bare(answer: str) -> str:
+    for left, right in _DELIMITERS:
+        if answer.startswith(left) and answer.endswith(right) and len(answer) >= len(left) + len(right):
+            return answer[len(left) : -len(right)].strip()
+    return answer

@@ -1,0 +1,288 @@
+"""Prompts x group -> Groups: plays conversations against a Sampler in rounds and scores them while others are decoded.
+
+A round samples the next turn of every active conversation in one batch; then the environments answer. What starts in
+which round follows from tokens and rewards alone, never from timing, so a step is reproducible. Groups that teach
+nothing are replaced by new tasks in the very next round (dynamic filtering); each reason for dropping one is counted.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from nemo_cascade.config.schema import FiltersConfig, SamplingConfig
+from nemo_cascade.data.chat import ChatTokenizer
+from nemo_cascade.protocols import Domain, Sampler
+from nemo_cascade.rollout.conversation import Conversation
+from nemo_cascade.rollout.filters import check_invalid_share, make_group, why_dropped
+from nemo_cascade.rollout.scoring import Scorer
+from nemo_cascade.types import Group, Invalid, Rollout, SamplingParams, Task, UserError
+
+TakeTasks = Callable[[int, int], Sequence[Task]]
+"""(count, attempt) -> tasks: attempt 0 for the step itself, 1, 2, ... for refills; fewer or none when the data run
+out.
+"""
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Times the spans `sampling` and `reward`; `RunRecord.timer` is one."""
+
+
+def _untimed(span: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a step collected. `dropped` counts groups by reason; `tokens` and `rollouts` include those of dropped
+    groups.
+
+    `sampling_seconds` is time inside the Sampler, `reward_seconds` the time spent waiting for verdicts after it.
+    """
+
+    groups: tuple[Group, ...]
+    dropped: Mapping[str, int]
+    tokens: int
+    rollouts: int
+    invalid: int
+    refills: int
+    sampling_seconds: float
+    reward_seconds: float
+
+
+@dataclass
+class _Counts:
+    dropped: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    rollouts: int = 0
+    refills: int = 0
+    sampling_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+
+class Collector:
+    """Turns tasks into scored groups. One per process; `close` ends its threads."""
+
+    def __init__(
+        self, domains: Mapping[str, Domain], sampler: Sampler, chat: ChatTokenizer,
+        sampling: SamplingConfig, filters: FiltersConfig | None = None, reward_workers: int = 4,
+    ) -> None:
+        self.domains = domains
+        self.sampler = sampler
+        self.chat = chat
+        self.sampling = sampling
+        self.filters = filters if filters is not None else FiltersConfig()
+        self.scorer = Scorer(domains, reward_workers)
+        self.timer: Timer = _untimed
+        self._environments = concurrent.futures.ThreadPoolExecutor(max(1, reward_workers), "environment")
+
+    def close(self) -> None:
+        """End the threads."""
+        self.scorer.close()
+        self._environments.shutdown(wait=False, cancel_futures=True)
+
+    def ask_environment(self, conversation: Conversation) -> concurrent.futures.Future[None]:
+        """Let a multi-turn environment answer in a thread, so that a slow one does not hold up decoding."""
+        return self._environments.submit(conversation.answer, self.chat, self.sampling.max_total_tokens)
+
+    def collect(self, take: TakeTasks, prompts: int, group_size: int, seed: int, step: int) -> Collected:
+        """One step's groups: `prompts` of them, in the order in which their tasks started.
+
+        With `filters.dynamic` groups without differing rewards are replaced until the batch is full, at most
+        `filters.max_refills` further calls of `take`; without it every group stays and only too long prompts are
+        replaced.
+        """
+        run = _Run(self, take, prompts, group_size, Draws(seed, step))
+        try:
+            while run.start_missing():
+                run.play_round()
+                if self.filters.dynamic:
+                    run.judge()
+            run.judge()
+        finally:
+            run.close()
+        counts = run.counts
+        return Collected(
+            groups=tuple(group for _, group in sorted(run.kept.items())),
+            dropped=dict(counts.dropped),
+            tokens=counts.tokens,
+            rollouts=counts.rollouts,
+            invalid=counts.invalid.total(),
+            refills=counts.refills,
+            sampling_seconds=counts.sampling_seconds,
+            reward_seconds=counts.reward_seconds,
+        )
+
+    def evaluate_tasks(self, tasks: Sequence[Task], samples_per_task: int, seed: int) -> list[Rollout]:
+        """Scored rollouts of every task, sample by sample, nothing filtered or replaced: what a benchmark averages."""
+        for task in tasks:
+            length = len(self.chat.prompt_ids(task))
+            limit = min(self.sampling.max_prompt_tokens, self.sampling.max_total_tokens - 1)
+            if length > limit:
+                raise UserError(
+                    f"sampling.max_prompt_tokens: the prompt of task {task.id} has {length} tokens, {limit} are "
+                    "allowed; raise it (and max_total_tokens) or drop the task"
+                )
+        draws = Draws(seed, EVALUATION)
+        run = _Run(self, lambda count, attempt: () if attempt else tasks, len(tasks), samples_per_task, draws)
+        try:
+            while run.start_missing():
+                run.play_round()
+            run.judge(plain=True)
+        finally:
+            run.close()
+        return [rollout for _, group in sorted(run.kept.items()) for rollout in group.rollouts]
+
+
+EVALUATION = -1  # stands for the step in the seeds of an evaluation
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What all request seeds of a step have in common."""
+
+    seed: int
+    step: int
+
+
+class _Run:
+    """The state of one `collect`: which tasks wait, play, are being scored, or are done."""
+
+    def __init__(self, collector: Collector, take: TakeTasks, prompts: int, group_size: int, draws: Draws) -> None:
+        self.collector = collector
+        self.take = take
+        self.target, self.group_size, self.draws = prompts, group_size, draws
+        self.waiting: deque[Task] = deque(take(prompts, 0))
+        self.started = 0
+        self.streams: Counter[str] = Counter()
+        self.active: list[Conversation] = []
+        self.unjudged: list[int] = []
+        self.kept: dict[int, Group] = {}
+        self.counts = _Counts()
+        sampling = collector.sampling
+        self.params = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_ids=tuple(collector.chat.stop_ids),
+        )
+
+    def start_missing(self) -> bool:
+        """Start as many tasks as the batch still lacks; False when it lacks none."""
+        playing = {conversation.group for conversation in self.active} | set(self.unjudged)
+        missing = self.target - len(self.kept) - len(playing)
+        while missing > 0:
+            if not self.waiting:
+                self._refill()
+            missing -= self._start(self.waiting.popleft())
+        return bool(self.active)
+
+    def _start(self, task: Task) -> int:
+        """Begin the rollouts of a task; 0 when its prompt is too long."""
+        if task.domain not in self.collector.domains:
+            raise UserError(f"task {task.id}: no domain {task.domain!r} is loaded; add it to data.domains")
+        prompt = self.collector.chat.prompt_ids(task)
+        sampling = self.collector.sampling
+        if len(prompt) > sampling.max_prompt_tokens or len(prompt) >= sampling.max_total_tokens:
+            self.counts.dropped["prompt_too_long"] += 1
+            return 0
+        domain = self.collector.domains[task.domain]
+        group, self.started = self.started, self.started + 1
+        for sample in range(self.group_size):
+            stream = self.streams[task.id]
+            self.streams[task.id] += 1
+            episode = domain.begin(task)
+            self.active.append(Conversation(task, group, sample, stream, episode, domain.max_turns, list(prompt)))
+        return 1
+
+    def _refill(self) -> None:
+        """Ask for more tasks, within the allowed number of refills."""
+        filters = self.collector.filters
+        more = self.take(self.target, self.counts.refills + 1) if self.counts.refills < filters.max_refills else ()
+        if not more:
+            dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.dropped.items())) or "none"
+            raise UserError(
+                f"filters.max_refills: after {self.counts.refills} refills only {len(self.kept)} of {self.target} "
+                f"groups are usable (dropped: {dropped}); raise filters.max_refills or group_size, or give easier or "
+                "harder tasks"
+            )
+        self.counts.refills += 1
+        self.waiting.extend(more)
+
+    def play_round(self) -> None:
+        """Sample one turn of every active conversation, let environments answer, hand finished rollouts to the
+        scorer.
+        """
+        collector, sampling = self.collector, self.collector.sampling
+        active = self.active
+        requests = [
+            conversation.request(self.draws.seed, self.draws.step, sampling.max_new_tokens, sampling.max_total_tokens)
+            for conversation in active
+        ]
+        answers: list[concurrent.futures.Future[None]] = []
+        began = time.perf_counter()
+        with collector.timer("sampling"):
+            for index, completion in collector.sampler.sample(requests, self.params):
+                conversation = active[index]
+                conversation.seconds += time.perf_counter() - began
+                conversation.hear(completion, collector.chat)
+                self.counts.tokens += len(completion.token_ids)
+                if conversation.max_turns == 1:
+                    self._answer(conversation)
+                else:
+                    answers.append(collector.ask_environment(conversation))
+            for answer in answers:
+                answer.result(timeout=collector.scorer.deadline_s)
+        self.counts.sampling_seconds += time.perf_counter() - began
+        for conversation, request in zip(active, requests, strict=True):
+            sent = tuple(conversation.token_ids[: len(request.token_ids)])
+            assert sent == request.token_ids, f"{conversation.task.id}: a turn rewrote its prompt"
+            if conversation.max_turns > 1 and conversation.finished:
+                self._finish(conversation)
+        self.active = [conversation for conversation in active if not conversation.finished]
+        playing = {conversation.group for conversation in self.active}
+        finished = {conversation.group for conversation in active} - playing
+        self.unjudged += sorted(finished)
+
+    def _answer(self, conversation: Conversation) -> None:
+        conversation.answer(self.collector.chat, self.collector.sampling.max_total_tokens)
+        assert conversation.finished, f"{conversation.task.id}: a domain of one turn answered the model"
+        self._finish(conversation)
+
+    def _finish(self, conversation: Conversation) -> None:
+        conversation.episode.close()
+        self.collector.scorer.add(conversation.group, conversation.rollout(), self.group_size)
+
+    def close(self) -> None:
+        """Free the environments of conversations that an error cut short."""
+        for conversation in self.active:
+            if not conversation.finished:
+                conversation.episode.close()
+
+    def judge(self, plain: bool = False) -> None:
+        """Take the verdicts of complete groups and keep or drop each. `plain`: keep all of them as they are."""
+        began = time.perf_counter()
+        with self.collector.timer("reward"):
+            scored = [(group, self.collector.scorer.result(group)) for group in self.unjudged]
+        self.counts.reward_seconds += time.perf_counter() - began
+        self.unjudged = []
+        filters = self.collector.filters
+        for index, rollouts_G in scored:
+            self.counts.rollouts += len(rollouts_G)
+            self.counts.invalid.update(item.outcome.reason for item in rollouts_G if isinstance(item.outcome, Invalid))
+            if plain:
+                self.kept[index] = make_group(rollouts_G, "neither", None)
+                continue
+            group = make_group(rollouts_G, filters.overlong, filters.mask_groups_below_max)
+            reason = why_dropped(group) if filters.dynamic else ""
+            if reason:
+                self.counts.dropped[reason] += 1
+            else:
+                self.kept[index] = group
+        if not plain and self.counts.rollouts >= self.target * self.group_size:
+            check_invalid_share(self.counts.invalid, self.counts.rollouts, filters.max_invalid_share)

@@ -1,0 +1,281 @@
+"""The Learner's numbers: the same step for every number of ranks and every packing, bit-exact resume and restore."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.learner import parallel
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+
+import torch  # isort: skip
+
+from nemo_cascade.algorithms.kept import Distribution
+from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
+from nemo_cascade.config.schema import DistillConfig, HardwareConfig, LossConfig, OptimizerConfig
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.types import Sequence, UserError
+
+LAYOUTS = [  # name, ranks, tokens of a micro-batch, what is cut
+    ("one", 1, 4096, "data"), ("two", 2, 4096, "data"), ("micro", 1, 32, "data"), ("experts", 2, 64, "expert_parallel"),
+    ("tensor", 2, 4096, "tensor_parallel"),
+]  # fmt: skip
+WORKER = Path(__file__).with_name("learner_worker.py")
+TINY = NemotronHConfig(
+    vocab_size=64, hidden_size=32, hybrid_override_pattern="M*E", num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, chunk_size=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[None]:
+    started = parallel.is_started()
+    if not started:
+        parallel.start()
+    yield
+    if not started:
+        parallel.stop()
+
+
+def build(seed: int = 1, **settings: object) -> MegatronLearner:
+    optimizer = settings.pop("optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.1, expert_bias_rate=1e-2))
+    return MegatronLearner(TINY, LearnerSettings(optimizer, num_steps=20, **settings), seed=seed)
+
+
+def sequences(count: int = 8, seed: int = 0) -> list[Sequence]:
+    draw = random.Random(seed)
+    made = []
+    for index in range(count):
+        prompt, answer = draw.randint(3, 20), draw.randint(1, 8)
+        tokens = tuple(draw.randrange(64) for _ in range(prompt + answer))
+        mask = (0,) * prompt + (1,) * answer
+        advantage = draw.uniform(-1, 1)
+        made.append(Sequence(tokens, mask, tuple(advantage * m for m in mask), (-4.16,) * len(mask), group=index // 2))
+    return made
+
+
+def flat(learner: MegatronLearner) -> torch.Tensor:
+    return torch.cat([tensor.flatten().clone() for _, tensor in learner.weights()])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same five steps from the same weights in several layouts, each rank in its own process, all at once."""
+    base = tmp_path_factory.mktemp("ranks")
+    build(seed=3).export(str(base / "start"))
+    folders, processes = {}, []
+    for name, world, tokens, layout in LAYOUTS:
+        folders[name] = base / name
+        folders[name].mkdir()
+        for rank in range(world):
+            environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+            arguments = [str(base / f"{name}.rdv"), str(folders[name]), str(tokens), layout]
+            command = [sys.executable, "-W", "ignore", str(WORKER), *arguments]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    return folders
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo", "grpo_groups"])
+@pytest.mark.parametrize("other", ["two", "micro", "experts", "tensor"])
+def test_ranks_and_micro_batches_change_nothing(runs: dict[str, Path], other: str, algorithm: str):
+    one = json.loads((runs["one"] / "results-0.json").read_text())[algorithm]
+    else_ = json.loads((runs[other] / "results-0.json").read_text())[algorithm]
+    timing = {"tokens_per_second", "micro_batches"}
+    for expected, found in zip(one["steps"], else_["steps"], strict=True):
+        for key, value in expected.items():
+            if key not in timing and not key.startswith("seconds"):
+                assert found[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
+    for expected, found in zip(one["scores"], else_["scores"], strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    weights = torch.load(runs["one"] / f"{algorithm}-0.pt")
+    torch.testing.assert_close(torch.load(runs[other] / f"{algorithm}-0.pt"), weights, rtol=0.0, atol=1e-6)
+
+
+def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[str, Path]):
+    first, second = (json.loads((runs["two"] / f"results-{rank}.json").read_text()) for rank in (0, 1))
+    for algorithm in first:
+        assert torch.equal(torch.load(runs["two"] / f"{algorithm}-0.pt"), torch.load(runs["two"] / f"{algorithm}-1.pt"))
+        for mine, other in zip(first[algorithm]["steps"], second[algorithm]["steps"], strict=True):
+            assert [mine[key] for key in ("loss", "grad_norm", "tokens")] == [other[key] for key in ("loss", "grad_norm", "tokens")]
+
+
+def test_resume_is_bit_exact(tmp_path: Path):
+    objective = policy_gradient(LossConfig())
+    through = build()
+    for step in range(2):
+        through.update(sequences(seed=step), objective)
+    through.save(str(tmp_path / "step_2"), 2)
+    resumed = build(seed=99)
+    assert resumed.load(str(tmp_path / "step_2")) == 2
+    assert torch.equal(flat(resumed), flat(through))
+    for step in range(2, 5):
+        first, second = (learner.update(sequences(seed=step), objective) for learner in (through, resumed))
+        assert [first[key] for key in ("loss", "grad_norm", "lr")] == [second[key] for key in ("loss", "grad_norm", "lr")]
+    assert torch.equal(flat(resumed), flat(through))
+    assert resumed.updates == 5
+
+
+def test_using_another_folder_gives_its_numbers_and_restores_every_bit(tmp_path: Path):
+    teacher, student = build(seed=5), build(seed=6)
+    teacher.update(sequences(), cross_entropy("token"))
+    sha256 = teacher.export(str(tmp_path / "teacher"))
+    assert len(sha256) == 64
+    before, own = flat(student), student.logprobs(sequences())
+    for _ in range(2):  # from the folder, then from host memory
+        with student.using(str(tmp_path / "teacher")):
+            assert torch.equal(flat(student), flat(teacher))
+            assert student.logprobs(sequences()) == teacher.logprobs(sequences())
+    assert torch.equal(flat(student), before)
+    assert student.logprobs(sequences()) == own
+    with pytest.raises(UserError, match="absent"), student.using(str(tmp_path / "absent")):
+        pass
+    assert torch.equal(flat(student), before)
+
+
+def test_borrowed_weights_are_neither_trained_nor_stored(tmp_path: Path):
+    learner = build()
+    learner.export(str(tmp_path / "own"))
+    with learner.using(str(tmp_path / "own")):
+        with pytest.raises(ValueError, match="update inside using"):
+            learner.update(sequences(), cross_entropy("token"))
+        with pytest.raises(ValueError, match="save inside using"):
+            learner.save(str(tmp_path / "x"), 1)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full_vocab"])
+def test_distilling_from_oneself_moves_nothing(tmp_path: Path, kind: str):
+    learner = build(optimizer=OptimizerConfig(lr=1e-2))
+    folder = str(tmp_path / "self")
+    learner.export(folder)
+    with learner.using(folder):
+        scores = learner.logprobs(sequences())
+    taught = [
+        dataclasses.replace(s, sampler_logprobs=tuple(row), teacher_logprobs=tuple(row), teacher=folder)
+        for s, row in zip(sequences(), scores, strict=True)
+    ]
+    metrics = learner.update(taught, distillation(DistillConfig(kind=kind)))
+    assert metrics["grad_norm"] < 2e-6
+    assert abs(metrics["reverse_kl"]) < 1e-6
+    assert metrics["masked_share"] == 0.0
+
+
+def test_distillation_brings_the_student_to_its_teacher(tmp_path: Path):
+    teacher = build(seed=5, optimizer=OptimizerConfig(lr=1e-2))
+    for _ in range(10):
+        teacher.update(sequences(), cross_entropy("token"))
+    folder = str(tmp_path / "teacher")
+    teacher.export(folder)
+    student = build(seed=6, optimizer=OptimizerConfig(lr=1e-2))
+    falling = []
+    for _ in range(12):
+        sampled = [dataclasses.replace(s, sampler_logprobs=tuple(row), teacher=folder)
+                   for s, row in zip(sequences(), student.logprobs(sequences()), strict=True)]  # fmt: skip
+        falling.append(student.update(sampled, distillation(DistillConfig(kind="full_vocab")))["reverse_kl"])
+    assert falling[-1] < 0.5 * falling[0]
+    assert min(falling) > 0.0
+
+
+def test_overfitting_two_sequences_reaches_a_known_loss():
+    learner = build(optimizer=OptimizerConfig(lr=1e-2))
+    losses = [learner.update(sequences(2), cross_entropy("token"))["loss"] for _ in range(30)]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.1)
+    assert losses[-1] < 0.3
+
+
+def test_logprobs_are_those_of_the_configured_distribution():
+    raw, cut = build(), build(distribution=Distribution(temperature=0.7, top_p=0.9))
+    scores, cut_scores = raw.logprobs(sequences(2)), cut.logprobs(sequences(2))
+    assert [len(row) for row in scores] == [len(s.token_ids) for s in sequences(2)]
+    assert all(row[0] == 0.0 for row in scores)
+    assert sum(map(sum, cut_scores)) != pytest.approx(sum(map(sum, scores)), rel=1e-3)
+    tokens = torch.tensor(sequences(2)[0].token_ids)
+    logits = raw.model.packed_logits(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32)).detach()
+    expected = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
+    assert scores[0][1:] == pytest.approx(expected, abs=1e-5)
+
+
+def test_update_and_logprobs_agree_on_the_policy():
+    learner = build(optimizer=OptimizerConfig(lr=1e-3))
+    scored = [dataclasses.replace(s, sampler_logprobs=tuple(row))
+              for s, row in zip(sequences(), learner.logprobs(sequences()), strict=True)]  # fmt: skip
+    metrics = learner.update(scored, policy_gradient(LossConfig()))
+    assert metrics["gap_abs_max"] < 1e-5
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert 0.0 < metrics["entropy"] < math.log(64) + 1e-3
+
+
+def test_frozen_router_and_expert_bias():
+    learner = build(optimizer=OptimizerConfig(lr=1e-2, router_frozen=True, expert_bias_rate=0.125))
+    before = {name: tensor.clone() for name, tensor in learner.weights()}
+    learner.update(sequences(), cross_entropy("token"))
+    after = dict(learner.weights())
+    gate = next(name for name in after if name.endswith("gate.weight"))
+    bias = next(name for name in after if name.endswith("e_score_correction_bias"))
+    assert torch.equal(after[gate], before[gate])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert set((after[bias] - before[bias]).abs().tolist()) <= {0.0, 0.125}
+    assert (after[bias] - before[bias]).abs().max() == 0.125
+    still = build(optimizer=OptimizerConfig(lr=1e-2))
+    still.update(sequences(), cross_entropy("token"))
+    assert torch.equal(dict(still.weights())[bias], before[bias])
+
+
+def test_a_step_without_trained_tokens_is_skipped():
+    learner = build()
+    before = flat(learner)
+    masked = [dataclasses.replace(s, loss_mask=(0,) * len(s.loss_mask)) for s in sequences()]
+    assert learner.update(masked, cross_entropy("token"))["skipped"] == 1.0
+    assert learner.update([], cross_entropy("token"))["skipped"] == 1.0
+    assert torch.equal(flat(learner), before)
+
+
+def test_divergence_stops_before_the_weights_are_touched():
+    learner = build()
+    before = flat(learner)
+    broken = [dataclasses.replace(s, advantages=(math.inf,) * len(s.advantages)) for s in sequences()]
+    with pytest.raises(UserError, match="step 0: loss .* diverged.*optimizer.lr"):
+        learner.update(broken, policy_gradient(LossConfig()))
+    assert torch.equal(flat(learner), before)
+
+
+def test_clipping_bounds_the_step():
+    free, clipped = build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0)), build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.01))
+    norms = [learner.update(sequences(), cross_entropy("token"))["grad_norm"] for learner in (free, clipped)]
+    assert norms[0] == norms[1] > 0.1
+    grads = [parameter.main_grad.norm() ** 2 for parameter in clipped.model.parameters()]
+    assert math.sqrt(sum(grads)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "key"),
+    [
+        ({"precision": "bf16"}, "hardware.precision: bf16"),
+        ({"precision": "hopper_fp8", "layer_spec": "te"}, "hardware.precision: hopper_fp8"),
+        ({"layer_spec": "te"}, "hardware.layer_spec: te"),
+        ({"pipeline_parallel": 2}, "hardware.pipeline_parallel: 2"),
+        ({"context_parallel": 2}, "hardware.context_parallel: 2"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(hardware: dict[str, object], key: str):
+    if torch.cuda.is_available() and "parallel" not in key:
+        pytest.skip("this machine has a GPU, which can honour it")
+    with pytest.raises(UserError, match=key):
+        build(hardware=HardwareConfig(**hardware))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
+    build().save(str(tmp_path / "step_1"), 1)
+    other = MegatronLearner(dataclasses.replace(TINY, vocab_size=128), LearnerSettings(OptimizerConfig(lr=1e-3), 1))
+    with pytest.raises(UserError, match="another model"):
+        other.load(str(tmp_path / "step_1"))

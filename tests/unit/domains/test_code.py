@@ -1,0 +1,118 @@
+"""Code: hidden tests in the sandbox decide; examples shown, exit statuses and claims do not."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.domains import Services
+from nemo_cascade.domains.code import Code, extract_code
+from nemo_cascade.reward.sandbox import Limits
+from nemo_cascade.types import Invalid, Message, Transcript, UserError
+
+
+@pytest.fixture(scope="module")
+def services():
+    services = Services()
+    yield services
+    services.close()
+
+
+@pytest.fixture(scope="module")
+def domain(services):
+    return Code(services)
+
+
+def answer(text):
+    return Transcript((Message("assistant", text),))
+
+
+def data():
+    folder = os.environ.get("NEMO_CASCADE_DATA")
+    if not folder:
+        pytest.skip("NEMO_CASCADE_DATA is not set: no released rows at hand")
+    return Path(folder)
+
+
+def test_every_case(domain):
+    for case in domain.cases():
+        assert domain.score(case.task, case.transcript).reward == case.reward, case.because
+
+
+def test_flawless_and_flawed_demonstrations(domain):
+    tasks = domain.tasks("train", 25, seed=3)
+    assert all(domain.score(t, Transcript(domain.demonstrate(t, 1))).reward == 1.0 for t in tasks)
+    assert not any(domain.score(t, Transcript(domain.demonstrate(t, 1, 1.0))).reward for t in tasks)
+
+
+def test_the_examples_leave_one_rule(domain):
+    rules = [f"{sign}{k}" for sign in "+-*" for k in range(1, 30)]
+    for task in domain.tasks("report", 200, seed=0):
+        fits = [r for r in rules if all(eval(f"{x}{r}") == y for x, y in task.truth["examples"]) and r != "*1"]
+        assert fits == [task.truth["rule"]]
+
+
+def test_a_wrong_program_stops_at_its_first_failing_test(domain):
+    row = {"unit_tests": {"inputs": ["1", "2", "3"], "outputs": ["1", "5", "3"]},
+           "responses_create_params": {"input": [{"role": "user", "content": "Echo."}]}}  # fmt: skip
+    outcome = domain.score(domain.parse_row(row, "rows:1"), answer("print(input())"))
+    assert outcome.reward == 0.0
+    assert outcome.parts == {"tests_passed": 1.0, "tests": 3.0}
+
+
+def test_endless_programs_fail_by_cpu_time_and_hung_ones_are_invalid(services):
+    domain = Code(services, {"cpu_seconds": 0.3})
+    task = domain.tasks("train", 1, seed=0)[0]
+    assert domain.score(task, answer("def f(x):\n    while True: pass")).reason == "test 1: cpu_time"
+    domain.limits = Limits(cpu_seconds=0.3, wall_seconds=0.3)
+    assert isinstance(domain.score(task, answer("import time\ndef f(x): time.sleep(9)")), Invalid)
+
+
+def test_fn_name_rows_compare_values(domain):
+    tests = {"fn_name": "Solution.add", "inputs": ["1\n2", "3\n4"], "outputs": ["3", "7"]}
+    row = {"verifier_metadata": {"unit_tests": tests}, "responses_create_params": {"input": [{"role": "user", "content": "Add."}]}}
+    task = domain.parse_row(row, "rows:1")
+    assert domain.score(task, answer("class Solution:\n    def add(self, a, b): return a + b")).reward == 1.0
+    assert domain.score(task, answer("class Solution:\n    def add(self, a, b): return 3")).reward == 0.0
+
+
+def test_extract_code():
+    assert extract_code("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2"
+    assert extract_code("def f(x): return x") == "def f(x): return x"
+    assert extract_code("```python\nx = 1") == ""  # cut off: no program
+
+
+def test_broken_rows_name_the_field(domain):
+    prompt = {"responses_create_params": {"input": [{"role": "user", "content": "x"}]}}
+    with pytest.raises(UserError, match="unit_tests"):
+        domain.parse_row(prompt, "rows:1")
+    with pytest.raises(UserError, match="2 inputs but 1 outputs"):
+        domain.parse_row({**prompt, "unit_tests": {"inputs": ["1", "2"], "outputs": ["1"]}}, "rows:1")
+    with pytest.raises(UserError, match=r"code\.compare"):
+        Code(None, {"compare": "words"})
+
+
+def test_humaneval_reference_solutions_pass_and_stubs_fail(domain):
+    rows = [json.loads(line) for line in gzip.open(data() / "HumanEval.jsonl.gz")][:8]
+    for number, row in enumerate(rows):
+        task = domain.parse_row(row, f"rows:{number}")
+        assert task.id == row["task_id"]
+        solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
+        assert domain.score(task, answer(solution)).reward == 1.0, task.id
+        assert domain.score(task, answer(f"```python\n{row['prompt']}    return None\n```")).reward == 0.0, task.id
+
+
+def test_line_comparison_gives_the_rewards_that_nemo_gym_recorded(services):
+    domain = Code(services, {"compare": "lines", "max_tests": 100})
+    folder = data() / "gym"
+    rows = [json.loads(line) for line in (folder / "code_gen.example.jsonl").open()]
+    rollouts = [json.loads(line) for line in (folder / "code_gen.example_rollouts.jsonl").open()]
+
+    def prompt(row):
+        return row["responses_create_params"]["input"][0]["content"]
+
+    by_prompt = {prompt(row): domain.parse_row(row, "row") for row in rows}
+    ours = [domain.score(by_prompt[prompt(r)], answer(r["extracted_model_output"])).reward for r in rollouts]
+    assert ours == [r["reward"] for r in rollouts] == [0.0, 1.0, 0.0, 0.0, 0.0]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+from nemo_cascade.models.packed import MAX_PADDING, pack, plan, plan_blocks, unpack
+
+import torch  # isort: skip
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def test_blocks_hold_every_token_once_and_their_gradients() -> None:
+    lengths = [5, 1, 70, 33, 32, 8]
+    layout = plan(bounds(lengths), 32)
+    row = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+    blocks = unpack(row, layout)
+    assert sorted(block.shape[1] for block in blocks)[-1] == 96
+    assert torch.equal(pack(blocks, layout), row)
+    weight = torch.randn_like(row)
+    (pack([block * 2.0 for block in blocks], layout) * weight).sum().backward()
+    assert torch.equal(row.grad, 2.0 * weight)
+
+
+def test_a_block_is_right_padded_in_row_order() -> None:
+    row = torch.arange(1.0, 13.0)[:, None]
+    (block,) = unpack(row, plan(bounds([4, 3, 5]), 8))
+    assert block[..., 0].tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7], [8, 9, 10, 11, 12, 12]]
+
+
+def test_padding_stays_bounded_for_any_mixture_of_lengths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [int(2 ** (10 * float(draw))) for draw in torch.rand(300, generator=generator)]
+    blocks = plan_blocks(lengths, 32)
+    padded = sum(length * len(members) for length, members in blocks)
+    assert sorted(index for _, members in blocks for index in members) == list(range(300))
+    assert padded <= 1.05 * MAX_PADDING * sum(lengths)  # 5 %: lengths are rounded up to whole chunks
+    assert len(blocks) <= 8
+
+
+def test_equal_full_lengths_move_nothing() -> None:
+    layout = plan(bounds([32, 32, 32]), 32)
+    assert layout.identity
+    row = torch.randn(96, 4)
+    assert unpack(row, layout)[0].data_ptr() == row.data_ptr()
+
+
+@pytest.mark.parametrize("values", [[1, 5], [0, 4, 4], [0]])
+def test_broken_boundaries_are_refused(values: list[int]) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        plan(torch.tensor(values).int(), 32)

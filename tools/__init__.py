@@ -1,0 +1,1 @@
+"""Checks and measurements of the repository itself; nothing here is installed."""
