@@ -13,8 +13,8 @@ TORCH ?= torch==2.13.0
 # Empty: torch comes from pip's own configuration. Without a GPU, on Linux, the smaller build:
 #   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-CASCADE ?= conf/cascade/nano.yaml
-SMOKE ?= conf/cascade/smoke.yaml
+CASCADE ?= nano
+SMOKE ?= smoke
 SEEDS ?= 1 2 3
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -69,18 +69,19 @@ bwrap:  ## bubblewrap, which keeps generated code away from your files
 
 # --- the cascade -------------------------------------------------------------------------------------------------------
 
-cascade: bwrap venv  ## the whole cascade on a CPU, then runs/.../report.html
+cascade: bwrap venv  ## the whole cascade on a CPU; ends with the path of its report
 	@$(RUN) run $(CASCADE)
-	@$(RUN) report $(CASCADE)
 
-cascade-seeds: bwrap venv  ## the cascade for each of SEEDS
-	@for seed in $(SEEDS); do $(RUN) run $(CASCADE) --set seed=$$seed output=runs/seed-$$seed; $(RUN) report $(CASCADE) --set seed=$$seed output=runs/seed-$$seed; done
+cascade-seeds: bwrap venv  ## the cascade once for each of SEEDS, in runs/seed-*/
+	@for seed in $(SEEDS); do $(RUN) run $(CASCADE) seed=$$seed output=runs/seed-$$seed; done
 
-nano-base: venv  ## train again the base model that ships with the package
-	@$(BIN)/python -m tools.train_nano base
+nano-base: bwrap venv  ## train the base model again that ships with the package (about an hour)
+	@$(RUN) run nano_base
+	@$(BIN)/python -m tools.ship_nano runs/nano_base nemo_cascade/models/nano/base
 
-nano-judge: bwrap venv  ## train again the preference judge that ships with the package
-	@$(BIN)/python -m tools.train_nano judge
+nano-judge: bwrap venv  ## train the preference judge again that ships with the package
+	@$(RUN) run nano_judge
+	@$(BIN)/python -m tools.ship_nano runs/nano_judge nemo_cascade/models/nano/judge
 
 # --- checks ------------------------------------------------------------------------------------------------------------
 
@@ -97,10 +98,12 @@ test-fast: bwrap venv
 test-slow: bwrap venv  ## the tests that train for minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-smoke: bwrap venv  ## every stage of the smallest cascade, twice: the second time nothing runs
+smoke: bwrap venv  ## every kind of stage for a few steps; a second run finds everything done
+	@rm -rf runs/smoke
+	@for file in conf/cascade/*.yaml; do $(RUN) check $$file; done
 	@$(RUN) run $(SMOKE)
-	@$(RUN) run $(SMOKE)
-	@$(RUN) report $(SMOKE)
+	@$(RUN) run $(SMOKE) | grep -c ': done (' | grep -qx 3 || { echo "a finished stage was run again" >&2; exit 1; }
+	@echo "smoke: 3 stages ran once"
 
 clean:  ## remove runs/ (the environment stays)
 	@rm -rf runs

@@ -57,7 +57,7 @@ setup(
     extras_require={
         # On NVIDIA's containers these are there already; building them elsewhere takes an hour and a CUDA toolkit.
         "gpu": ["transformer-engine[pytorch]==2.11.*", "mamba-ssm>=2.2.6", "causal-conv1d>=1.5.3"],
-        # The wheel lives in NVIDIA's container and index; its own process, its own torch (docs/trtllm.md).
+        # The wheel lives in NVIDIA's container and index: its own process, its own torch.
         "trtllm": ["tensorrt-llm>=1.3.0rc21"],
         "mlflow": [TRACKERS["mlflow-skinny"]],
         "dev": [line for file in ("trackers.txt", "dev.txt") for line in pinned(file).values()],

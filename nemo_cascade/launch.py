@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("usage: python -m nemo_cascade.launch STAGE_FOLDER\n")
         return EXIT_USER_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("megatron", "nemo_logger", "torch.distributed"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|nemo)\.")
     die_with_parent()
     try:
         folder = StageFolder(Path(arguments[0]))
@@ -208,13 +212,15 @@ def build_domains(run: StageRun, place: Place) -> Iterator[Mapping[str, object]]
     from nemo_cascade.domains import Services, load
 
     with ExitStack() as stack:
-        names = list(dict.fromkeys([*run.config.data.domains, *run.config.evaluation.domains]))
+        judged = ["preference"] if run.config.data.judge_share else []
+        names = list(dict.fromkeys([*run.config.data.domains, *run.config.evaluation.domains, *judged]))
         trains_preference = isinstance(run.config, GrpoConfig) and "preference" in run.config.data.domains
         services = Services()
         stack.callback(services.close)
         if trains_preference and run.config.judge is not None:
             services.preference_judge = stack.enter_context(preference_judge(run.config.judge, place))
-        yield {name: load(name, services, run.config.data.options.get(name)) for name in names}
+        domains = {name: load(name, services, run.config.data.options.get(name)) for name in names}
+        yield {domain.name: domain for domain in domains.values()} | domains  # an outside domain has a path and a name
 
 
 @contextmanager
@@ -222,7 +228,8 @@ def preference_judge(config: JudgeConfig, place: Place) -> Iterator[object]:
     """The judge behind its address; a checkpoint named by `serve` is served by the first rank while the stage runs."""
     from nemo_cascade.config.paths import hf_folder
     from nemo_cascade.learner import ranks
-    from nemo_cascade.reward.judge import Judge, PreferenceJudge
+    from nemo_cascade.reward.judge import Judge
+    from nemo_cascade.reward.preference_judge import PreferenceJudge
 
     with ExitStack() as stack:
         url = config.url

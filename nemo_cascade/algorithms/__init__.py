@@ -1,1 +1,1 @@
-"""Pure functions of the algorithms: no model, no process group, no state. Advantage (equation 1), losses (1 to 4), kept sets, KL."""
+"""Pure functions of the algorithms, without model, process group or state: advantage, losses, kept sets, KL."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of the distribution that really sampled: logits over temperature, on the kept set of top-k and top-p.
+"""Log-probabilities of the distribution that sampled: logits over temperature, on the kept set of top-k and top-p.
 
 Sampler and Learner both use this file, so that their log-probabilities differ by rounding only.
 """

@@ -1,8 +1,8 @@
 """The three losses: policy gradient (equation 1), on-policy distillation (equations 2 to 4), cross-entropy.
 
 Each is an `Objective`: a function that counts denominators over the whole step, and a function that turns one
-micro-batch into a loss already divided by them. So the sum over micro-batches and ranks is the loss of the step, whatever
-the packing. Metrics are means over the trained tokens of the step, except those named `_max`.
+micro-batch into a loss already divided by them. So the sum over micro-batches and ranks is the loss of the step,
+whatever the packing. Metrics are means over the trained tokens of the step, except those named `_max`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def trained_tokens(sequence: TokenSequence) -> int:
 def count(sequences: Sequence[TokenSequence]) -> dict[str, float]:
     """Trained tokens, sequences and groups of this rank, and the trained tokens of each group.
 
-    Only what has at least one trained token counts. A group stays whole on one rank (its key is `local:`, never added over
-    ranks), because its index is that rank's own.
+    Only what has at least one trained token counts. A group stays whole on one rank (its key is `local:`, never added
+    over ranks), because its index is that rank's own.
     """
     tokens = [trained_tokens(sequence) for sequence in sequences]
     per_group: Counter[int] = Counter()
@@ -79,9 +79,7 @@ def policy_gradient(cfg: LossConfig) -> Objective:
     """
     importance = Importance(cfg.importance, cfg.importance_low, cfg.importance_high)
 
-    def loss(
-        logprobs_T: torch.Tensor, batch: Batch, denominators: Mapping[str, float]
-    ) -> tuple[torch.Tensor, Metrics]:
+    def loss(logprobs_T: torch.Tensor, batch: Batch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, Metrics]:
         advantages_T = needed(batch.advantages_T, "advantages", "group_relative gives them")
         weights_T = token_weights(cfg.normalize, batch, denominators)
         mean_T = token_weights("batch_tokens", batch, denominators)
@@ -111,7 +109,7 @@ def distillation(cfg: DistillConfig) -> Objective:
     a_t = log pi_teacher(y_t) - log pi_train(y_t) (2); r_t = pi_train(y_t) / pi_inf(y_t), w_t = r_t inside
     [importance_low, importance_high] and 0 outside (3); loss = - mean over sequences of
     1 / |V(y)| sum_{t in V(y)} w_t sg[a_t] log pi_train(y_t) (4). w_t and a_t carry no gradient.
-    The paper leaves open whether V(y) counts response tokens before or after the mask of (3). Here it counts them before:
+    The paper leaves open whether V(y) counts response tokens before or after the mask of (3). Here it is before:
     |V(y)| is the number of trained tokens of the sequence, so a masked token does not raise the weight of the others.
 
     `full_vocab` replaces -a_t by the exact reverse KL over the vocabulary at each position. That expectation needs no
@@ -156,9 +154,7 @@ def cross_entropy(reduction: str) -> Objective:
     choose("reduction", reduction, ("token", "sequence"))
     normalize = "batch_tokens" if reduction == "token" else "sequence"
 
-    def loss(
-        logprobs_T: torch.Tensor, batch: Batch, denominators: Mapping[str, float]
-    ) -> tuple[torch.Tensor, Metrics]:
+    def loss(logprobs_T: torch.Tensor, batch: Batch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, Metrics]:
         total = -(token_weights(normalize, batch, denominators) * logprobs_T).sum()
         return total, {"loss": total.detach()}
 
@@ -187,15 +183,15 @@ def correct(
     }
 
 
-def masked_share_below(limit: float, section: str):  # noqa: ANN201 - the type of Objective.check
+def masked_share_below(limit: float, section: str):
     """A check that aborts the step when importance weighting takes too many tokens out of the loss."""
 
     def check(metrics: Mapping[str, float]) -> None:
         share = metrics.get("masked_share", 0.0)
         if share > limit:
             raise UserError(
-                f"{section}.max_masked_share: the importance mask takes out {share:.0%} of the trained tokens, more than "
-                f"{limit:.0%}; Sampler and Learner disagree (mean gap {metrics['gap_abs']:.3g} nats): check the refit, "
+                f"{section}.max_masked_share: the importance mask takes out {share:.0%} of the trained tokens, more "
+                f"than {limit:.0%}; Sampler and Learner disagree by {metrics['gap_abs']:.3g} nats: check the refit, "
                 "the sampling distribution and the precision, or raise the limit"
             )
 

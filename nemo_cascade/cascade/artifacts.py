@@ -1,15 +1,15 @@
 """The folder of a stage: what lies where, when it is done, and who may write.
 
-    <output>/<cascade>/<stage>-<key8>/
-        config.yaml                 everything launch needs (StageRun)
-        metrics.jsonl               one line per step
-        rollouts/step_000012.jsonl  what was sampled
-        checkpoints/step_000040/    resumable training state
-        weights/step_000040/        exported keep_steps, Hugging Face format
-        hf/                         the final Hugging Face folder
-        evaluation/final.jsonl      one line per task; also step_000040.jsonl, and init.jsonl for weights that no stage made
-        gates.json, teachers.json   what was decided, and from which scores
-        record.json                 StageResult, written last: it exists when, and only when, the stage is done
+<output>/<cascade>/<stage>-<key8>/
+    config.yaml                 everything launch needs (StageRun)
+    metrics.jsonl               one line per step
+    rollouts/step_000012.jsonl  what was sampled
+    checkpoints/step_000040/    resumable training state
+    weights/step_000040/        exported keep_steps, Hugging Face format
+    hf/                         the final Hugging Face folder
+    evaluation/final.jsonl      one line per task; also step_000040.jsonl, and init.jsonl for weights that no stage made
+    gates.json, teachers.json   what was decided, and from which scores
+    record.json                 StageResult, written last: it exists when, and only when, the stage is done
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg} in line {error.lineno}); delete the file and run again") from error
+        raise UserError(
+            f"{path}: not JSON ({error.msg} in line {error.lineno}); delete the file and run again"
+        ) from error
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,9 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
     ranks = hardware.world_size
     layout = hardware.tensor_parallel * hardware.pipeline_parallel * hardware.context_parallel
     if ranks % layout:
-        raise UserError(f"{origin}: {ranks} ranks are not a multiple of tensor x pipeline x context parallel = {layout}")
+        raise UserError(
+            f"{origin}: {ranks} ranks are not a multiple of tensor x pipeline x context parallel = {layout}"
+        )
     if (ranks // hardware.pipeline_parallel) % hardware.expert_parallel:
         raise UserError(
             f"{origin}: key 'expert_parallel': {hardware.expert_parallel} does not divide the "
@@ -69,8 +71,8 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
     if isinstance(stage, SftConfig):
         if stage.max_sequence_tokens > min(longest, stage.micro_batch_tokens):
             raise UserError(
-                f"{origin}: key 'max_sequence_tokens': {stage.max_sequence_tokens} is more than the model's {longest} positions "
-                f"or micro_batch_tokens {stage.micro_batch_tokens}"
+                f"{origin}: key 'max_sequence_tokens': {stage.max_sequence_tokens} is more than "
+                f"the model's {longest} positions or micro_batch_tokens {stage.micro_batch_tokens}"
             )
         if stage.tokens_per_step < replicas * stage.max_sequence_tokens:
             raise UserError(
@@ -80,7 +82,8 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
     if isinstance(stage, RolloutStage):
         if stage.prompts_per_step < 1 or stage.prompts_per_step % replicas:
             raise UserError(
-                f"{origin}: key 'prompts_per_step': {stage.prompts_per_step} is not a multiple of the {replicas} data-parallel replicas"
+                f"{origin}: key 'prompts_per_step': {stage.prompts_per_step} is not a multiple of "
+                f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
 
@@ -89,10 +92,13 @@ def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
     sampling = stage.sampling
     if sampling.max_total_tokens > longest:
         raise UserError(
-            f"{origin}: key 'sampling.max_total_tokens': {sampling.max_total_tokens} is more than the model's {longest} positions"
+            f"{origin}: key 'sampling.max_total_tokens': {sampling.max_total_tokens} is more than "
+            f"the model's {longest} positions"
         )
     if sampling.max_new_tokens < 1 or sampling.max_new_tokens > sampling.max_total_tokens:
-        raise UserError(f"{origin}: key 'sampling.max_new_tokens': {sampling.max_new_tokens} is outside 1..max_total_tokens")
+        raise UserError(
+            f"{origin}: key 'sampling.max_new_tokens': {sampling.max_new_tokens} is outside 1..max_total_tokens"
+        )
     if sampling.max_prompt_tokens >= sampling.max_total_tokens:
         raise UserError(
             f"{origin}: key 'sampling.max_prompt_tokens': {sampling.max_prompt_tokens} leaves no room for an answer in "
@@ -113,15 +119,21 @@ def _check_mixture(stage: StageBase, origin: str) -> None:
             raise UserError(f"{origin}: key 'data.domains.{domain}': the weight {weight} is negative")
     elsewhere = isinstance(stage, SftConfig) and (data.conversations or data.corpus_share > 0 or data.judge_share > 0)
     if sum(data.domains.values()) <= 0 and not elsewhere:
-        raise UserError(f"{origin}: key 'data.domains': the weights sum to 0; give at least one domain, for example {{math: 1}}")
+        raise UserError(
+            f"{origin}: key 'data.domains': the weights sum to 0; give at least one domain, for example {{math: 1}}"
+        )
     for key, table in (("files", data.files), ("options", data.options)):
         for domain in table:
             if domain not in data.domains:
-                raise UserError(f"{origin}: key 'data.{key}.{domain}': not in data.domains{nearest(domain, data.domains)}")
+                raise UserError(
+                    f"{origin}: key 'data.{key}.{domain}': not in data.domains{nearest(domain, data.domains)}"
+                )
 
 
 def _check_domain(name: str, where: str) -> None:
-    """A built-in domain by its file, `package.module:Class` by its module, `file.py:Class` by its path; nothing is imported."""
+    """A built-in domain by its file, `package.module:Class` by its module, `file.py:Class` by its path; nothing is
+    imported.
+    """
     if ":" not in name:
         if name not in domains.available():
             raise UserError(f"{where}: no domain {name!r}{nearest(name, domains.available())}")
@@ -162,7 +174,9 @@ def check_evaluation(loaded: Loaded, graph: Graph) -> None:
 def _check_teachers(stage: MopdConfig, candidates: tuple[Source, ...], loaded: Loaded, origin: str) -> None:
     for domain in stage.teachers.pin:
         if domain not in stage.data.domains:
-            raise UserError(f"{origin}: key 'teachers.pin.{domain}': not in data.domains{nearest(domain, stage.data.domains)}")
+            raise UserError(
+                f"{origin}: key 'teachers.pin.{domain}': not in data.domains{nearest(domain, stage.data.domains)}"
+            )
     for domain in stage.data.domains:
         if domain in stage.teachers.pin:
             continue
@@ -171,8 +185,8 @@ def _check_teachers(stage: MopdConfig, candidates: tuple[Source, ...], loaded: L
             assert evaluation is not None
             if evaluation.select < 1 or domain not in evaluation.domains:
                 raise UserError(
-                    f"{origin}: key 'teachers.candidates': {teacher.stage} has no select score of {domain!r}; add it to "
-                    f"evaluation.domains, keep evaluation.select above 0, or pin a teacher"
+                    f"{origin}: key 'teachers.candidates': {teacher.stage} has no select score of {domain!r}; "
+                    f"add it to evaluation.domains, keep evaluation.select above 0, or pin a teacher"
                 )
 
 
@@ -210,4 +224,6 @@ def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
             continue
         found = NemotronHConfig.from_hf_json(json.loads(path.read_text(encoding="utf-8")), show(path))
         if found.tensor_shapes() != model.tensor_shapes():
-            raise UserError(f"{show(loaded.files[name])}: key 'init': {path} has not the shape of model {loaded.cascade.model!r}")
+            raise UserError(
+                f"{show(loaded.files[name])}: key 'init': {path} has not the shape of model {loaded.cascade.model!r}"
+            )

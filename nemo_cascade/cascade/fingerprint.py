@@ -1,12 +1,13 @@
 """Content keys: what a stage's outcome depends on, as one hash. Equal key, equal work; that is what resume rests on.
 
-In the key: the stage's own config, seed, model shape, weights' precision, the contents (not the paths) of data files, the
-Python files of outside domains, the judge where a verifier asks one, and the keys of its init and teacher candidates. A
-changed learning rate changes that stage and what is below it, nothing above or beside.
+In the key: the stage's own config, seed, model shape, weights' precision, the contents (not the paths) of data files,
+the Python files of outside domains, the judge where a verifier asks one, and the keys of its init and teacher
+candidates. A changed learning rate changes that stage and what is below it, nothing above or beside.
 
-Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, save interval, output, trackers) and the
-report's evaluation, which can be measured again on finished weights. The code's identity is SCHEMA below and the package's
-version, not a hash of the sources: a comment must not retrain a cascade; who changes an outcome raises SCHEMA.
+Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, save interval, output, trackers)
+and the report's evaluation, which can be measured again on finished weights. The code's identity is SCHEMA below and
+the package's version, not a hash of the sources: a comment must not retrain a cascade; who changes an outcome raises
+SCHEMA.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
 
 
 def tokenizer_of(plan: Plan, name: str) -> Path:
-    """The tokenizer's folder: that of the Hugging Face folder at the root of the stage's weights, else the nano tokenizer."""
+    """The tokenizer's folder: that of the Hugging Face folder at the root of the stage's weights, else the nano
+    tokenizer.
+    """
     source = plan.graph.sources[name]
     while source.kind == "stage":
         source = plan.graph.sources[source.stage]
@@ -104,7 +107,11 @@ def _select_identity(stage: StageBase) -> dict[str, Any]:
     """The part of an evaluation that decides: teacher choice and rollback read `select` scores only."""
     evaluation = stage.evaluation
     assert isinstance(evaluation, EvaluationConfig)
-    return {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in ("report", "other_mode", "files", "steps")}
+    return {
+        key: value
+        for key, value in dataclasses.asdict(evaluation).items()
+        if key not in ("report", "other_mode", "files", "steps")
+    }
 
 
 def _judge_identity(judge: JudgeConfig) -> dict[str, Any]:
@@ -147,7 +154,9 @@ def check_stable(content: object, where: str = "key") -> None:
     elif isinstance(content, float) and not math.isfinite(content):
         raise UserError(f"{where}: {content} is not a finite number, so the stage has no stable identity")
     elif content is not None and not isinstance(content, str | int | float):
-        raise UserError(f"{where}: a value of type {type(content).__name__} has no stable identity; use text, numbers and lists")
+        raise UserError(
+            f"{where}: a value of type {type(content).__name__} has no stable identity; use text, numbers and lists"
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -156,7 +165,9 @@ def file_sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), so the stages that use it have no identity") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), so the stages that use it have no identity"
+        ) from error
 
 
 def folder_sha256(folder: Path) -> str:

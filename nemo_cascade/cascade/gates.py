@@ -1,4 +1,6 @@
-"""Gates: does a finished stage keep what it must keep? Decided on `select` tasks, never on the ones the report shows."""
+"""Gates: does a finished stage keep what it must keep? Decided on `select` tasks, never on the ones the report
+shows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from nemo_cascade.config.schema import GateConfig, StageBase
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate's verdict. `gain` is paired over select tasks; None where the start was never evaluated (then it passes).
+    """One gate's verdict. `gain` is paired over select tasks; None where the start was never evaluated (then it
+    passes).
 
     `action` is what follows: `none`, `warn`, `stop` or `rollback`.
     """
@@ -57,7 +60,17 @@ def _judge(stage: str, gate: GateConfig, reference: str, ledger: Ledger) -> Gate
     passed = gain.high >= gate.min_gain
     action = "none" if passed else gate.on_fail
     return GateResult(
-        stage, gate.domain, gate.min_gain, gate.on_fail, passed, action, gain.value, gain.low, gain.high, gain.n, reference
+        stage,
+        gate.domain,
+        gate.min_gain,
+        gate.on_fail,
+        passed,
+        action,
+        gain.value,
+        gain.low,
+        gain.high,
+        gain.n,
+        reference,
     )
 
 

@@ -82,7 +82,9 @@ def build_graph(loaded: Loaded) -> Graph:
         origin = show(loaded.files[name])
         sources[name] = read_source(stage.init, loaded, f"{origin}: key 'init'")
         teaching[name] = _teaching(stage, loaded, origin)
-    edges = {name: [edge.stage for edge in (sources[name], *teaching[name].all) if edge.kind == "stage"] for name in sources}
+    edges = {
+        name: [edge.stage for edge in (sources[name], *teaching[name].all) if edge.kind == "stage"] for name in sources
+    }
     return Graph(tuple(_order(edges, loaded.path)), sources, teaching)
 
 
@@ -120,7 +122,9 @@ def _teaching(stage: StageBase, loaded: Loaded, origin: str) -> Teaching:
     if not config.candidates and not config.pin:
         raise UserError(f"{origin}: key 'teachers.candidates' is empty; list the stages that may teach")
     candidates = [_teacher(text, loaded, f"{origin}: key 'teachers.candidates'") for text in config.candidates]
-    pins = {domain: _teacher(text, loaded, f"{origin}: key 'teachers.pin.{domain}'") for domain, text in config.pin.items()}
+    pins = {
+        domain: _teacher(text, loaded, f"{origin}: key 'teachers.pin.{domain}'") for domain, text in config.pin.items()
+    }
     return Teaching(tuple(dict.fromkeys(candidates)), pins)
 
 
@@ -137,7 +141,9 @@ def _order(edges: Mapping[str, Sequence[str]], path: Path) -> list[str]:
         free = [name for name in edges if name not in order and all(parent in order for parent in edges[name])]
         if not free:
             cycle = _cycle(edges, set(edges) - set(order))
-            raise UserError(f"{show(path)}: stages wait for each other: {' -> '.join(cycle)}; change one 'init' or teacher")
+            raise UserError(
+                f"{show(path)}: stages wait for each other: {' -> '.join(cycle)}; change one 'init' or teacher"
+            )
         order.append(free[0])
     return order
 

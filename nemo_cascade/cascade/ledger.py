@@ -1,6 +1,7 @@
 """The table checkpoint x domain: what every checkpoint scored, task by task, so that comparisons can be paired.
 
-Rows come from the evaluation files of finished stages. `select` rows decide (gates, teachers), `report` rows are only shown.
+Rows come from the evaluation files of finished stages. `select` rows decide (gates, teachers), `report` rows are only
+shown.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def checkpoint_name(stage: str, label: str) -> str:
 
 @dataclass(frozen=True)
 class Ledger:
-    """checkpoint -> (domain, split, mode) -> task id -> score. Invalid verdicts are left out of scores and counted apart."""
+    """checkpoint -> (domain, split, mode) -> task id -> score. Invalid verdicts are left out of scores and counted
+    apart.
+    """
 
     scores: Mapping[str, Mapping[Cell, Mapping[str, float]]]
     invalid: Mapping[str, Mapping[Cell, int]]
@@ -36,14 +39,17 @@ class Ledger:
     def modes(self, domain: str) -> list[str]:
         """Modes in which a domain was evaluated, its own (the one it trains in) first.
 
-        Select tasks are drawn in the domain's own mode only, so they name it; without them the mode with most report tasks does.
+        Select tasks are drawn in the domain's own mode only, so they name it; without them the mode with most report
+        tasks does.
         """
         weight: dict[str, tuple[int, int]] = {}
         for cells in self.scores.values():
             for (name, split, mode), tasks in cells.items():
                 if name == domain:
                     selected, reported = weight.get(mode, (0, 0))
-                    weight[mode] = (selected + len(tasks), reported) if split == "select" else (selected, reported + len(tasks))
+                    weight[mode] = (
+                        (selected + len(tasks), reported) if split == "select" else (selected, reported + len(tasks))
+                    )
         return sorted(weight, key=lambda mode: weight[mode], reverse=True)
 
     def domains(self, checkpoint: str) -> list[str]:
@@ -64,7 +70,9 @@ class Ledger:
         tasks = self.tasks(checkpoint, domain, split, mode)
         return bootstrap_mean(list(tasks.values())) if tasks else None
 
-    def gain(self, checkpoint: str, reference: str, domain: str, split: str = "report", mode: str | None = None) -> Interval | None:
+    def gain(
+        self, checkpoint: str, reference: str, domain: str, split: str = "report", mode: str | None = None
+    ) -> Interval | None:
         """Mean difference over the tasks that both checkpoints answered, paired."""
         after, before = self.tasks(checkpoint, domain, split, mode), self.tasks(reference, domain, split, mode)
         shared = [task for task in after if task in before]
@@ -100,7 +108,9 @@ def read_ledger(folders: Mapping[str, StageFolder]) -> Ledger:
 
 
 def read_evaluation(path: Path) -> tuple[dict[Cell, dict[str, float]], dict[Cell, int]]:
-    """(scores per cell, number of invalid tasks per cell) of one evaluation file. A task sampled several times is averaged."""
+    """(scores per cell, number of invalid tasks per cell) of one evaluation file. A task sampled several times is
+    averaged.
+    """
     answers: dict[Cell, dict[str, list[float]]] = {}
     invalid: dict[Cell, int] = {}
     for row in read_lines(path):
@@ -112,5 +122,7 @@ def read_evaluation(path: Path) -> tuple[dict[Cell, dict[str, float]], dict[Cell
             answers.setdefault(cell, {}).setdefault(row["task_id"], []).append(float(row["score"]))
         else:
             invalid[cell] = invalid.get(cell, 0) + 1
-    means = {cell: {task: sum(several) / len(several) for task, several in tasks.items()} for cell, tasks in answers.items()}
+    means = {
+        cell: {task: sum(several) / len(several) for task, several in tasks.items()} for cell, tasks in answers.items()
+    }
     return means, invalid

@@ -1,7 +1,7 @@
 """One process per stage folder. A lock whose process is gone is taken over; one that is alive is respected.
 
-The runner takes the lock and hands it to the stage's process, so that a killed runner leaves a lock that names the process
-which still trains. The next run ends such an orphan and goes on from its last checkpoint.
+The runner takes the lock and hands it to the stage's process, so that a killed runner leaves a lock that names the
+process which still trains. The next run ends such an orphan and goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ TERM_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who runs a stage: process id and the moment it started (ids are used again), on which machine, started by whom."""
+    """Who runs a stage: process id and the moment it started (ids are used again), on which machine, started by
+    whom.
+    """
 
     pid: int
     born: int  # clock ticks after boot, 0 where /proc is absent
@@ -98,8 +100,8 @@ def _take(path: Path) -> bool:
                 end_orphan(found)
             elif found is not None:
                 raise UserError(
-                    f"{path.parent}: already running as process {found.pid} on {found.host}; wait for it, or stop it and "
-                    f"delete {path.name}"
+                    f"{path.parent}: already running as process {found.pid} on {found.host}; wait for it, "
+                    f"or stop it and delete {path.name}"
                 ) from None
             path.unlink(missing_ok=True)
             continue
@@ -129,7 +131,9 @@ def hand_over(path: Path, pid: int) -> None:
 
 
 def end_orphan(found: Holder) -> None:
-    """Stop the process group of a stage whose runner died; its checkpoints are complete or absent, so nothing is lost."""
+    """Stop the process group of a stage whose runner died; its checkpoints are complete or absent, so nothing is
+    lost.
+    """
     end_group(found.pid)
 
 

@@ -21,7 +21,9 @@ MANIFEST = "cascade.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One stage of the cascade: what its file says, and where its work lies. `key` is empty when it cannot be known yet."""
+    """One stage of the cascade: what its file says, and where its work lies. `key` is empty when it cannot be known
+    yet.
+    """
 
     name: str
     kind: str
@@ -72,7 +74,18 @@ def from_plan(plan: Plan, keys: Mapping[str, str]) -> Manifest:
         folder = stage_folder(loaded.folder, name, key).path.name if key else f"{name}-unknown"
         domains = tuple(stage.data.domains)
         entries.append(
-            Entry(name, stage.kind, stage.init, key, folder, domains, stage.num_steps, source.kind, source.stage, source.step)
+            Entry(
+                name,
+                stage.kind,
+                stage.init,
+                key,
+                folder,
+                domains,
+                stage.num_steps,
+                source.kind,
+                source.stage,
+                source.step,
+            )
         )
     cascade = loaded.cascade
     return Manifest(cascade.name, cascade.seed, str(loaded.path), loaded.overrides, tuple(entries), loaded.folder)
@@ -89,7 +102,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a cascade's folder."""
     content: dict[str, Any] | None = read_json(folder / MANIFEST)
     if content is None:
-        raise UserError(f"{folder}: no {MANIFEST} here; give the folder of a cascade that was run, for example runs/nano")
+        raise UserError(
+            f"{folder}: no {MANIFEST} here; give the folder of a cascade that was run, for example runs/nano"
+        )
     try:
         stages = tuple(Entry(**{**row, "domains": tuple(row["domains"])}) for row in content.pop("stages"))
         return Manifest(**{**content, "overrides": tuple(content["overrides"])}, stages=stages, path=folder)

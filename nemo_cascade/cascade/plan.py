@@ -16,7 +16,9 @@ from nemo_cascade.types import UserError
 
 GIB = 1024**3
 DEVICE_FLOPS = {"cpu": 3.0e10, "gpu": 9.9e14 * 0.3}
-"""Training operations per second that a rank reaches: one core on the nano model (measured), an H100 in bf16 at 30 %."""
+"""Training operations per second that a rank reaches: one core on the nano model (measured), an H100 in bf16 at 30
+%.
+"""
 DECODE_SHARE = {"cpu": 0.3, "gpu": 0.15}
 """Decoding reaches this share of the training rate: it reads every weight for a few tokens."""
 SEVERAL_TURNS = ("tool_use", "swe_agentic")
@@ -27,7 +29,8 @@ SEVERAL_TURNS = ("tool_use", "swe_agentic")
 class Plan:
     """A cascade that passed every check. `stages` have the steps that others start from added to what they keep.
 
-    `missing` are inputs that this machine does not have: an error here on one node, a note for a cluster seen from a laptop.
+    `missing` are inputs that this machine does not have: an error here on one node, a note for a cluster seen from a
+    laptop.
     """
 
     loaded: Loaded
@@ -71,7 +74,9 @@ def make_plan(loaded: Loaded) -> Plan:
         checks.check_stage(name, loaded, model)
     checks.check_evaluation(loaded, graph)
     checks.check_base(loaded, graph, model)
-    stages = {name: _keep(stage, graph.kept_steps(name), show(loaded.files[name])) for name, stage in loaded.stages.items()}
+    stages = {
+        name: _keep(stage, graph.kept_steps(name), show(loaded.files[name])) for name, stage in loaded.stages.items()
+    }
     plan = Plan(loaded, graph, stages, model, tuple(dict.fromkeys(checks.missing_inputs(loaded, graph))))
     if loaded.hardware.nodes == 1:
         plan.refuse_missing()
@@ -101,7 +106,18 @@ def costs(plan: Plan) -> list[Cost]:
         sampled, trained = tokens(stage)
         seconds = (6 * active * trained + 2 * active * sampled / DECODE_SHARE[device]) / DEVICE_FLOPS[device]
         rows.append(
-            Cost(name, stage.kind, stage.init, stage.num_steps, sampled, trained, seconds / 3600, weights / GIB, training / GIB, fits)
+            Cost(
+                name,
+                stage.kind,
+                stage.init,
+                stage.num_steps,
+                sampled,
+                trained,
+                seconds / 3600,
+                weights / GIB,
+                training / GIB,
+                fits,
+            )
         )
     return rows
 
@@ -141,22 +157,33 @@ def table(plan: Plan) -> str:
     """The plan as text: one line per stage, totals, and what does not fit."""
     rows = costs(plan)
     lines = [f"{'stage':20} {'kind':5} {'starts from':18} {'steps':>6} {'sampled':>9} {'trained':>9} {'device h':>9}"]
-    for row in rows:
+    total = Cost(
+        "total",
+        "",
+        "",
+        sum(row.steps for row in rows),
+        sum(row.sampled_tokens for row in rows),
+        sum(row.trained_tokens for row in rows),
+        sum(row.device_hours for row in rows),
+        rows[0].weights_gib,
+        rows[0].training_gib,
+        rows[0].fits,
+    )
+    for row in (*rows, total):
         lines.append(
             f"{row.stage:20} {row.kind:5} {row.init:18} {row.steps:>6} {human(row.sampled_tokens):>9} "
             f"{human(row.trained_tokens):>9} {row.device_hours:>9.2f}"
         )
-    total = sum(row.device_hours for row in rows)
-    lines.append(f"{'total':20} {'':5} {'':18} {sum(row.steps for row in rows):>6} "
-                 f"{human(sum(row.sampled_tokens for row in rows)):>9} {human(sum(row.trained_tokens for row in rows)):>9} {total:>9.2f}")
-    hardware, first = plan.loaded.hardware, rows[0]
+    hardware, model = plan.loaded.hardware, plan.model
     lines.append(
-        f"model: {human(plan.model.parameter_count())} parameters, {human(plan.model.active_parameter_count())} active per token; "
-        f"{hardware.world_size} ranks in {hardware.data_parallel} replicas; per rank {first.weights_gib:.3g} GiB of weights, "
-        f"{first.training_gib:.3g} GiB with gradients and optimizer"
+        f"model: {human(model.parameter_count())} parameters, {human(model.active_parameter_count())} active per token"
+    )
+    lines.append(
+        f"{hardware.world_size} ranks in {hardware.data_parallel} replicas; per rank {total.weights_gib:.3g} GiB of "
+        f"weights, {total.training_gib:.3g} GiB with gradients and optimizer"
     )
     if hardware.device_memory_gib:
-        verdict = "fits in" if first.fits else "DOES NOT FIT in"
+        verdict = "fits in" if total.fits else "DOES NOT FIT in"
         lines.append(f"memory: {verdict} {hardware.device_memory_gib:g} GiB per device (activations not counted)")
     lines.append("tokens are upper bounds: every answer as long as allowed")
     return "\n".join(lines)

@@ -39,7 +39,8 @@ def environment(threads: int) -> dict[str, str]:
 def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[str], None]) -> int:
     """Run `python -m MODULE FOLDER` to its end; returns its exit code (negative: the signal that ended it).
 
-    Its output goes to the stage's log, which cannot block it, and from there to `say`. An interrupt ends the whole group.
+    Its output goes to the stage's log, which cannot block it, and from there to `say`. An interrupt ends the whole
+    group.
     """
     try:
         log = folder.log.open("ab")
@@ -98,7 +99,11 @@ def interruptible() -> Iterator[None]:
 
 def last_error(path: Path, returncode: int) -> str:
     """What went wrong, in one line: the last line that looks like an error, else the last line at all."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if line.strip()]
+    lines = [
+        line.strip()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        if line.strip()
+    ]
     errors = [line for line in lines if ERROR_LINE.match(line)]
     said = (errors or lines or ["it wrote nothing"])[-1]
     if returncode < 0:

@@ -61,10 +61,11 @@ function table(head, rows) {
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, head.map(([label, number]) => el("th", { class: number ? "num" : null }, label)))),
     el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell, i) => el("td", { class: head[i][1] ? "num" : null }, cell)))))));
 }
+const nowrap = (content) => el("span", { style: "white-space: nowrap" }, content);
 const chip = (text, tone) => el("span", { class: "chip " + (tone || "") }, text);
 
 // --- overview ---------------------------------------------------------------------------------------------------------
-const TONES = { done: "good", running: "warn", failed: "bad", planned: "" };
+const TONES = { done: "good", running: "warn", failed: "bad", pending: "" };
 
 function overview() {
   const done = DATA.stages.filter((stage) => stage.status === "done");
@@ -76,7 +77,7 @@ function overview() {
     el("div", { class: "scroll" }, graph()),
     el("p", { class: "muted small" }, "Solid: the stage starts from these weights. Dashed: a teacher that was chosen."),
     table([["stage"], ["kind"], ["starts from"], ["trains"], ["steps", 1], ["time", 1], ["reward or loss"], ["state"]], DATA.stages.map((stage) => [
-      el("b", {}, stage.name), stage.kind, stage.parent || "base", trains(stage), stage.steps_done + " / " + stage.num_steps, clock(stage.seconds), spark(stage), chip(stage.status, TONES[stage.status])])));
+      el("b", {}, stage.name), stage.kind, stage.parent || "base", trains(stage), nowrap(stage.steps_done + " / " + stage.num_steps), nowrap(clock(stage.seconds)), nowrap(spark(stage)), chip(stage.status, TONES[stage.status])])));
 }
 function trains(stage) {
   const names = stage.domains.map(title);
@@ -99,9 +100,9 @@ function graph() {
     used[depth[stage.name] + ":" + row] = true;
     at[stage.name] = { x: depth[stage.name] * (width + gap), y: row * 70 + 4 };
   }
-  const columns = Math.max(...Object.values(depth)) + 1, rows = Math.max(...Object.values(at).map((spot) => spot.y)) / 70 + 1;
-  const total = columns * (width + gap) - gap + 4, tall = Math.ceil(rows) * 70;
-  const root = svg("svg", { viewBox: `-2 -22 ${total} ${tall + 14}`, width: total, height: tall + 14, role: "img", "aria-label": "stages of the cascade" });
+  const columns = Math.max(...Object.values(depth)) + 1, tall = Math.max(...Object.values(at).map((spot) => spot.y)) + 46 + 44;
+  const total = columns * (width + gap) - gap + 4;
+  const root = svg("svg", { viewBox: `-2 -22 ${total} ${tall}`, width: total, height: tall, role: "img", "aria-label": "stages of the cascade" });
   for (const stage of DATA.stages) {
     const spot = at[stage.name], from = at[stage.parent];
     if (from) root.append(svg("path", { class: "edge", d: from.y === spot.y ? `M${from.x + width},${from.y + 22} H${spot.x}` : `M${from.x + width},${from.y + 22} C${from.x + width + gap / 2},${from.y + 22} ${spot.x - gap / 2},${spot.y + 22} ${spot.x},${spot.y + 22}` }));
@@ -142,9 +143,10 @@ function heat(cells) {
   const rows = DATA.checkpoints.filter((name) => cells.some((cell) => cell.checkpoint === name));
   return el("table", { class: "heat" }, el("thead", {}, el("tr", {}, el("th", {}), domains.map((domain) => el("th", {}, title(domain))), el("th", {}, "mean"))),
     el("tbody", {}, rows.map((name) => {
-      const stage = stageNamed(name.split("@")[0]), found = domains.map((domain) => cells.find((cell) => cell.checkpoint === name && cell.domain === domain));
+      const stage = stageNamed(name.split(/[@:]/)[0]), found = domains.map((domain) => cells.find((cell) => cell.checkpoint === name && cell.domain === domain));
       const known = found.filter(Boolean), mean = known.reduce((sum, cell) => sum + cell.value, 0) / known.length;
-      return el("tr", {}, el("th", {}, name, el("small", {}, stage ? "from " + (stage.parent || "base") : "")),
+      const start = name.endsWith(":init");
+      return el("tr", {}, el("th", {}, start ? "start of " + name.split(":")[0] : name, el("small", {}, start ? "weights that no stage made" : stage ? "from " + stage.reference.replace(/^.*:init$/, "base") : "")),
         found.map((cell) => (cell ? heatCell(cell, stage) : el("td", { class: "none" }, "\u2013"))), el("td", { class: "none" }, el("span", { class: "v" }, known.length === domains.length ? percent(mean) : "\u2013")));
     })));
 }
@@ -152,7 +154,7 @@ function heatCell(cell, stage) {
   const change = cell.gain, marked = change && (change.low > 0 || change.high < 0);
   const shown = heatView === "score" ? percent(cell.value) : change ? signed(change.value) : "\u2013";
   const half = heatView === "score" ? cell : change;
-  const node = el("td", { class: stage && stage.domains.includes(cell.domain) ? "trained" : null, "data-checkpoint": cell.checkpoint, "data-domain": cell.domain },
+  const node = el("td", { class: stage && stage.domains.includes(cell.domain) && !cell.checkpoint.endsWith(":init") ? "trained" : null, "data-checkpoint": cell.checkpoint, "data-domain": cell.domain },
     el("span", { class: "v" }, shown), marked ? el("span", { class: "mark" }, change.value > 0 ? "\u25b2" : "\u25bc") : null,
     half ? el("span", { class: "ci" }, "\u00b1" + percent((half.high - half.low) / 2)) : null);
   paint(node, cell, marked);
@@ -183,7 +185,7 @@ function recovery() {
   if (!DATA.recovery.length) return;
   const bar = (row) => {
     if (row.value === null) return el("span", { class: "small muted" }, "no certain lead");
-    const at = (x) => Math.min(150, Math.max(0, 30 + 100 * x * 0.9)), shape = svg("svg", { width: 160, height: 18 });
+    const at = (x) => Math.min(176, Math.max(4, 24 + 110 * x)), shape = svg("svg", { width: 180, height: 18 });
     shape.append(svg("line", { class: "grid", x1: at(0), x2: at(0), y1: 0, y2: 18 }), svg("line", { class: "grid", x1: at(1), x2: at(1), y1: 0, y2: 18 }),
       svg("line", { x1: at(row.low), x2: at(row.high), y1: 9, y2: 9, stroke: "var(--s1)", "stroke-width": 2 }), svg("circle", { class: "dot", cx: at(row.value), cy: 9, r: 5 }));
     return shape;
@@ -205,5 +207,5 @@ function gates() {
 }
 function configs() {
   byId("configs").append(el("h2", {}, "Configuration of each stage"), el("p", { class: "muted" }, "As it ran: every default filled in, every reference resolved."),
-    DATA.stages.map((stage) => el("details", {}, el("summary", {}, stage.name, " ", el("span", { class: "muted small" }, stage.folder + (stage.sha256 ? "  \u00b7  weights " + stage.sha256.slice(0, 12) : ""))), el("pre", {}, stage.config || "no config.yaml yet"))));
+    ...DATA.stages.map((stage) => el("details", {}, el("summary", {}, stage.name, " ", el("span", { class: "muted small" }, stage.folder + (stage.sha256 ? "  \u00b7  weights " + stage.sha256.slice(0, 12) : ""))), el("pre", {}, stage.config || "no config.yaml yet"))));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from nemo_cascade.cascade.manifest import Manifest, read_manifest
 from nemo_cascade.cascade.report_data import dumps, find_stages, gather
 from nemo_cascade.cascade.report_records import ReportData
 from nemo_cascade.cascade.report_rollouts import rollouts_of
@@ -18,7 +19,8 @@ SCRIPTS = ("report.js", "report_figures.js", "report_rollouts.js")
 
 def write_report(cascade_folder: Path) -> Path:
     """Write `report.html` into a cascade's folder and return its path. Works on finished and on running cascades."""
-    data = with_rollouts(gather(cascade_folder), cascade_folder)
+    manifest = read_manifest(cascade_folder)
+    data = with_rollouts(gather(manifest), manifest)
     page = (HERE / "report.html").read_text(encoding="utf-8")
     parts = {
         "{{title}}": f"{data.name}: report",
@@ -33,15 +35,18 @@ def write_report(cascade_folder: Path) -> Path:
     return path
 
 
-def with_rollouts(data: ReportData, cascade_folder: Path) -> ReportData:
+def with_rollouts(data: ReportData, manifest: Manifest) -> ReportData:
     """The same report with rollouts to read; stages that sampled share the budget."""
-    stages = find_stages(cascade_folder)
-    sampling = [name for name, stage in stages.items() if (stage.folder.path / "rollouts").is_dir()]
+    stages = find_stages(manifest)
+    sampled = {
+        name: (stage.folder.path, Path(stage.run.tokenizer))
+        for name, stage in stages.items()
+        if stage.run is not None and (stage.folder.path / "rollouts").is_dir()
+    }
     views = []
     for view in data.stages:
-        if view.name in sampling:
-            stage = stages[view.name]
-            rows = rollouts_of(stage.folder.path, Path(stage.run.tokenizer), ROLLOUT_BYTES // len(sampling))
-            view = dataclasses.replace(view, rollouts=rows)
+        if view.name in sampled:
+            folder, tokenizer = sampled[view.name]
+            view = dataclasses.replace(view, rollouts=rollouts_of(folder, tokenizer, ROLLOUT_BYTES // len(sampled)))
         views.append(view)
     return dataclasses.replace(data, stages=views)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nemo_cascade.cascade.artifacts import StageFolder, read_json
-from nemo_cascade.cascade.gates import GateResult, read_gates
-from nemo_cascade.cascade.ledger import INIT, Ledger, checkpoint_name, read_ledger
+from nemo_cascade.cascade.gates import GateResult, effective_source, read_gates, reference_of
+from nemo_cascade.cascade.ledger import INIT, Ledger, read_ledger
+from nemo_cascade.cascade.manifest import Entry, Manifest
 from nemo_cascade.cascade.report_records import (
     Candidate,
     Cell,
@@ -24,13 +24,14 @@ from nemo_cascade.cascade.report_records import (
     TeacherRow,
     Tile,
 )
+from nemo_cascade.cascade.status import state
 from nemo_cascade.cascade.teachers import Choice, read_teachers
 from nemo_cascade.config.schema import StageRun
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.evaluation.intervals import excludes_zero, recovery
 from nemo_cascade.observe.metrics import SPANS
 from nemo_cascade.observe.record import TIMING_FILE, read_metrics
-from nemo_cascade.types import Interval, UserError
+from nemo_cascade.types import Interval
 
 CURVE_POINTS = 200
 CURVE_NAMES = (
@@ -41,52 +42,29 @@ CURVE_NAMES = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage folder with its configuration read."""
+    """One stage of the manifest with its folder; `run` is None until the stage was started."""
 
+    entry: Entry
     folder: StageFolder
-    run: StageRun
+    run: StageRun | None
+    start: str  # the ledger's name of the checkpoint it starts from, rollbacks followed
 
 
-def find_stages(cascade_folder: Path) -> dict[str, Stage]:
-    """The newest folder of each stage, parents first. What a changed stage left under its old key is not shown."""
-    newest: dict[str, tuple[float, Stage]] = {}
-    for config in cascade_folder.glob("*/config.yaml"):
-        stage = Stage(StageFolder(config.parent), read_stage_run(config.parent))
-        written = config.stat().st_mtime
-        if stage.run.stage not in newest or newest[stage.run.stage][0] < written:
-            newest[stage.run.stage] = (written, stage)
-    if not newest:
-        raise UserError(f"{cascade_folder}: no stage folder here; a report needs a cascade that was started with `run`")
-    stages = {name: stage for name, (_, stage) in sorted(newest.items(), key=lambda item: item[1][0])}
-    ordered: dict[str, Stage] = {}
-    while stages:
-        ready = [name for name, stage in stages.items() if not set(parents_of(stage)) & set(stages) - {name}]
-        for name in ready or list(stages):
-            ordered[name] = stages.pop(name)
-    return ordered
+def find_stages(manifest: Manifest) -> dict[str, Stage]:
+    """The stages of the cascade in the order they run, under the keys of its last run."""
+    folders, sources = manifest.folders, manifest.sources
+    stages = {}
+    for entry in manifest.stages:
+        folder = folders[entry.name]
+        run = read_stage_run(folder.path) if folder.config.is_file() else None
+        start = reference_of(entry.name, effective_source(entry.name, sources, folders))
+        stages[entry.name] = Stage(entry, folder, run, start)
+    return stages
 
 
-def parents_of(stage: Stage) -> list[str]:
-    """Names of the stages that gave weights or teach."""
-    init = start_of(stage.run).partition("@")[0]
-    return [name for name in (init, *stage.run.teacher_stages.values()) if name and ":" not in name]
-
-
-def start_of(run: StageRun) -> str:
-    """The ledger's name of the checkpoint a stage started from, from its init folder; `sft:init` for the base model."""
-    if run.init_folder is None:
-        return f"{run.stage}:{INIT}"
-    path = Path(run.init_folder)
-    if path.name == "hf" and (path.parent / "config.yaml").is_file():
-        return read_stage_run(path.parent).stage
-    if path.parent.name == "weights":
-        return checkpoint_name(read_stage_run(path.parents[1]).stage, path.name)
-    return f"{run.stage}:{INIT}"
-
-
-def gather(cascade_folder: Path) -> ReportData:
+def gather(manifest: Manifest) -> ReportData:
     """Read everything the report shows but the rollouts."""
-    stages = find_stages(cascade_folder)
+    stages = find_stages(manifest)
     folders = {name: stage.folder for name, stage in stages.items()}
     ledger = read_ledger(folders)
     teachers = {name: read_teachers(folder) for name, folder in folders.items()}
@@ -94,8 +72,8 @@ def gather(cascade_folder: Path) -> ReportData:
     cells = cells_of(views, ledger)
     rows, overall = recovered(views, teachers, ledger)
     return ReportData(
-        name=f"Cascade {next(iter(stages.values())).run.cascade}",
-        subtitle=subtitle(list(stages.values())),
+        name=f"Cascade {manifest.cascade}",
+        subtitle=subtitle(manifest, list(stages.values())),
         headline=headline(views, cells, overall),
         stages=views,
         domains=list(dict.fromkeys(cell.domain for cell in cells)),
@@ -107,49 +85,43 @@ def gather(cascade_folder: Path) -> ReportData:
     )
 
 
-def subtitle(stages: Sequence[Stage]) -> str:
+def subtitle(manifest: Manifest, stages: Sequence[Stage]) -> str:
     """What ran where, in one line."""
-    run = stages[0].run
-    layers = run.model.get("hybrid_override_pattern", "")
-    hardware = f"{run.hardware.name}: {run.hardware.world_size} x {run.hardware.precision}"
-    pattern = f", layers {layers}" if layers else ""
-    return f"seed {run.seed}, hardware {hardware}, sampler {run.hardware.sampler}{pattern}"
+    words = [f"seed {manifest.seed}", manifest.config, *manifest.overrides]
+    run = next((stage.run for stage in stages if stage.run is not None), None)
+    if run is not None:
+        hardware = run.hardware
+        words.append(f"{hardware.world_size} ranks ({hardware.name}, {hardware.precision}), sampler {hardware.sampler}")
+    return " \u00b7 ".join(words)
 
 
 def view_of(stage: Stage) -> StageView:
     """One stage as the report shows it."""
-    folder, run = stage.folder, stage.run
+    folder, entry = stage.folder, stage.entry
     lines = read_metrics(folder.path)
-    result, start = folder.result(), start_of(run)
+    status = state(entry, folder)
+    result = folder.result() if status == "done" else None
     spans = spans_of(folder, lines)
-    seconds = result.seconds if result is not None else sum(spans.values())
-    spans["other"] = spans.get("other", 0.0) + max(0.0, seconds - sum(spans.values()))
+    # A stage that was killed and resumed took longer than its last process.
+    seconds = max(result.seconds if result is not None else 0.0, sum(spans.values()))
+    spans["other"] = spans.get("other", 0.0) + seconds - sum(spans.values())
     return StageView(
-        name=run.stage,
-        kind=run.kind,
-        status=status_of(folder, lines),
-        parent="" if start.endswith(f":{INIT}") else start.partition("@")[0],
-        reference=start,
+        name=entry.name,
+        kind=entry.kind,
+        status=status,
+        parent="" if stage.start.endswith(f":{INIT}") else stage.start.partition("@")[0],
+        reference=stage.start,
         folder=folder.path.name,
         sha256=result.sha256 if result is not None else "",
-        num_steps=run.config.num_steps,
+        num_steps=entry.num_steps,
         steps_done=len(lines),
         seconds=seconds,
-        domains=[name for name, weight in run.config.data.domains.items() if weight > 0],
+        domains=list(entry.domains),
         gates=[gate_row(gate) for gate in read_gates(folder)],
         spans={name: round(spent, 3) for name, spent in spans.items()},
         curves=curves_of(lines),
-        config=folder.config.read_text(encoding="utf-8"),
+        config=folder.config.read_text(encoding="utf-8") if stage.run is not None else "",
     )
-
-
-def status_of(folder: StageFolder, lines: Sequence[Mapping[str, float | None]]) -> str:
-    """Where a stage stands, from its markers."""
-    if folder.record.is_file():
-        return "done"
-    if folder.failed.is_file():
-        return "failed"
-    return "running" if lines or folder.lock.is_file() else "planned"
 
 
 def spans_of(folder: StageFolder, lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

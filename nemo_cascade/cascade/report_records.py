@@ -84,7 +84,7 @@ class StageView:
 
     name: str
     kind: str
-    status: str  # done | running | failed | planned
+    status: str  # done | running | failed | pending
     parent: str
     reference: str  # the ledger's name of the checkpoint it started from
     folder: str

@@ -1,4 +1,6 @@
-"""Run what is missing, in order, each stage as its own process; truth is in the markers, never in an exit code alone."""
+"""Run what is missing, in order, each stage as its own process; truth is in the markers, never in an exit code
+alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_cascade.cascade import fingerprint, gates, teachers
-from nemo_cascade.cascade.artifacts import StageFolder, read_json, write_json
+from nemo_cascade.cascade.artifacts import read_json, write_json
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.ledger import Ledger, read_ledger
 from nemo_cascade.cascade.lock import locked
@@ -81,7 +83,9 @@ class Run:
             names &= {self.options.start, *graph.descendants(self.options.start)}
             needed = {parent for name in names for parent in graph.ancestors(name)} - names
             for name in (name for name in order if name in needed and not self.done(name)):
-                raise UserError(f"--from {self.options.start}: {name} is not done yet; run without --from, or from {name}")
+                raise UserError(
+                    f"--from {self.options.start}: {name} is not done yet; run without --from, or from {name}"
+                )
         return [name for name in order if name in names]
 
     def done(self, name: str) -> bool:
@@ -105,7 +109,7 @@ class Run:
             self.say(f"{title}: done ({self.keys[name][:8]})")
         else:
             with locked(folder.lock):
-                self._prepare(name)
+                self.prepare(name)
                 source = self.source(name)
                 origin = {"hf": str(source.folder), "random": "random weights"}.get(source.kind, source.checkpoint)
                 resumed = folder.newest_checkpoint()
@@ -130,7 +134,7 @@ class Run:
         content = read_json(self.folders[name].evaluation_key)
         return content is not None and content["key"] == fingerprint.evaluation_key(self.plan.stages[name])
 
-    def _prepare(self, name: str) -> None:
+    def prepare(self, name: str) -> None:
         """Write what launch needs. Of a finished stage whose evaluation changed only the evaluation is done again."""
         folder, stage = self.folders[name], self.plan.stages[name]
         if not self._measured(name):
@@ -172,7 +176,9 @@ class Run:
             return source.folder
         folder = self.folders[source.stage].weights(source.step)
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: the weights of {source.checkpoint} are gone; delete {folder.parent} and run again")
+            raise UserError(
+                f"{folder}: the weights of {source.checkpoint} are gone; delete {folder.parent} and run again"
+            )
         return folder
 
     def _teachers(self, name: str) -> dict[str, teachers.Choice]:

@@ -16,7 +16,9 @@ from nemo_cascade.types import Interval
 
 
 def state(entry: Entry, folder: StageFolder) -> str:
-    """done | running | failed | pending; a stage that was killed is pending: the next run goes on from its checkpoint."""
+    """done | running | failed | pending; a stage that was killed is pending: the next run goes on from its
+    checkpoint.
+    """
     if entry.key and folder.is_done(entry.key):
         return "done"
     if holder(folder.lock) is not None:
@@ -27,7 +29,9 @@ def state(entry: Entry, folder: StageFolder) -> str:
 def ledger_of(manifest: Manifest) -> Ledger:
     """The ledger of the stages that are done."""
     folders = manifest.folders
-    return read_ledger({entry.name: folders[entry.name] for entry in manifest.stages if state(entry, folders[entry.name]) == "done"})
+    return read_ledger(
+        {entry.name: folders[entry.name] for entry in manifest.stages if state(entry, folders[entry.name]) == "done"}
+    )
 
 
 def status(where: Path | Manifest) -> dict[str, Any]:
@@ -40,7 +44,12 @@ def status(where: Path | Manifest) -> dict[str, Any]:
     ledger = ledger_of(manifest)
     stages = [_stage(entry, manifest, ledger) for entry in manifest.stages]
     gates = [_gate(result) for folder in manifest.folders.values() for result in read_gates(folder)]
-    return {"cascade": manifest.cascade, "seconds": sum(row["seconds"] for row in stages), "stages": stages, "gates": gates}
+    return {
+        "cascade": manifest.cascade,
+        "seconds": sum(row["seconds"] for row in stages),
+        "stages": stages,
+        "gates": gates,
+    }
 
 
 def _stage(entry: Entry, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
@@ -93,15 +102,21 @@ def _gate(result: Any) -> dict[str, Any]:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Stage x domain: report means in percent, `*` where the gain's interval excludes 0, and the state of each stage."""
+    """Stage x domain: report means in percent, `*` where the gain's interval excludes 0, and the state of each
+    stage.
+    """
     domains = list(dict.fromkeys(domain for row in content["stages"] for domain in row["scores"]))
     heads = [domain[:11] for domain in domains]
     lines = [f"{'stage':20} {'state':8} {'seconds':>8} " + " ".join(f"{head:>11}" for head in heads)]
     for row in content["stages"]:
         cells = [_cell(row, domain) for domain in domains]
-        lines.append(f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} " + " ".join(f"{cell:>11}" for cell in cells))
+        lines.append(
+            f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} " + " ".join(f"{cell:>11}" for cell in cells)
+        )
     if domains:
-        lines.append("report tasks, percent; + or - : the gain over the stage's start excludes 0 (95 % paired bootstrap)")
+        lines.append(
+            "report tasks, percent; + or - : the gain over the stage's start excludes 0 (95 % paired bootstrap)"
+        )
     for row in content["stages"]:
         recovered = (row["recovery"] or {}).get("overall")
         if recovered:

@@ -1,4 +1,6 @@
-"""Teachers chosen from the ledger: the strongest checkpoint per domain, with the scores it was chosen for (section 4.4)."""
+"""Teachers chosen from the ledger: the strongest checkpoint per domain, with the scores it was chosen for (section
+4.4).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from nemo_cascade.types import Interval, UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """One domain's teacher. `scores` holds every candidate's `select` mean with its interval; `reason` says why this one."""
+    """One domain's teacher. `scores` holds every candidate's `select` mean with its interval; `reason` says why this
+    one.
+    """
 
     stage: str
     step: int | None
@@ -33,7 +37,9 @@ class Choice:
         return folders[self.stage].weights(self.step)
 
 
-def choose(name: str, domains: Iterable[str], teaching: Teaching, order: Sequence[str], ledger: Ledger) -> dict[str, Choice]:
+def choose(
+    name: str, domains: Iterable[str], teaching: Teaching, order: Sequence[str], ledger: Ledger
+) -> dict[str, Choice]:
     """The candidate with the best `select` mean for each domain; of equals the one whose stage ran first (`order`).
 
     A pinned domain takes its pin, whatever the scores say.

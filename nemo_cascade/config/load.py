@@ -13,7 +13,18 @@ from typing import Any
 
 from nemo_cascade.config.paths import conf_dir
 from nemo_cascade.config.schema import STAGE_KINDS, CascadeConfig, HardwareConfig, StageBase
-from nemo_cascade.config.strict import Config, Raw, build, check_keys, leaf_paths, nearest, parse_override, put, read_yaml, show
+from nemo_cascade.config.strict import (
+    Config,
+    Raw,
+    build,
+    check_keys,
+    leaf_paths,
+    nearest,
+    parse_override,
+    put,
+    read_yaml,
+    show,
+)
 from nemo_cascade.types import UserError
 
 
@@ -21,8 +32,9 @@ from nemo_cascade.types import UserError
 class Loaded:
     """A cascade with all its files read: what plan, fingerprint and runner work on.
 
-    `stages` keeps the order of the cascade file; every stage has `evaluation` and `judge` filled in. `files` says where each
-    stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file, unchecked here.
+    `stages` keeps the order of the cascade file; every stage has `evaluation` and `judge` filled in. `files` says where
+    each stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file, unchecked
+    here.
     """
 
     cascade: CascadeConfig
@@ -51,8 +63,9 @@ class Override:
 def load_cascade(path_or_name: str, overrides: Sequence[str] = ()) -> Loaded:
     """Read `conf/cascade/NAME.yaml` or a path, with dotted overrides, strictly.
 
-    `seed=3` and `evaluation.report=64` change the cascade, `hardware=cpu` picks a file and `hardware.ranks_per_node=1` changes
-    it, `model.hidden_size=64` changes the model, `stages.if_rl.num_steps=5` one stage and `stages.*.num_steps=5` all of them.
+    `seed=3` and `evaluation.report=64` change the cascade, `hardware=cpu` picks a file and `hardware.ranks_per_node=1`
+    changes it, `model.hidden_size=64` changes the model, `stages.if_rl.num_steps=5` one stage and
+    `stages.*.num_steps=5` all of them.
     """
     path = find(path_or_name, "cascade", Path.cwd())
     routed = [route(text) for text in overrides]
@@ -92,7 +105,9 @@ def find(name: str, kind: str, near: Path) -> Path:
 
 
 def route(text: str) -> tuple[str, Override]:
-    """Which file an override changes (`cascade`, `hardware`, `model`, `stages.NAME`, `stages.*`) and the key inside it."""
+    """Which file an override changes (`cascade`, `hardware`, `model`, `stages.NAME`, `stages.*`) and the key inside
+    it.
+    """
     path, value = parse_override(text)
     head = path[0]
     if head == "stages" and len(path) == 2:
@@ -144,7 +159,9 @@ def _stage_files(cascade: CascadeConfig, path: Path) -> dict[str, Path]:
     for entry in cascade.stages:
         name = Path(entry).stem
         if name in files:
-            raise UserError(f"{show(path)}: key 'stages' holds two stages named {name!r}; a stage's name is the file's name")
+            raise UserError(
+                f"{show(path)}: key 'stages' holds two stages named {name!r}; a stage's name is the file's name"
+            )
         try:
             files[name] = find(entry, "stage", path.parent)
         except UserError as error:
@@ -174,7 +191,11 @@ def _read_stage(file: Path, defaults: Raw, overrides: list[Override]) -> StageBa
 def _for_another_kind(item: Override, cls: type) -> bool:
     """True for `stages.*.group_size=4` at an SFT stage: the key exists, only not in this kind of stage."""
     head = item.path[0]
-    return item.text.startswith("stages.*.") and head not in _top_keys(cls) and any(head in _top_keys(kind) for kind in STAGE_KINDS.values())
+    return (
+        item.text.startswith("stages.*.")
+        and head not in _top_keys(cls)
+        and any(head in _top_keys(kind) for kind in STAGE_KINDS.values())
+    )
 
 
 def _top_keys(cls: type) -> set[str]:

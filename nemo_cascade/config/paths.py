@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from nemo_cascade.types import UserError
@@ -59,12 +60,17 @@ def write_atomic(path: Path, text: str) -> None:
         aside.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing to remove where the folder itself could not be made
+            aside.unlink()
         raise explain_os_error(error, path) from error
 
 
 def explain_os_error(error: OSError, path: Path) -> UserError:
     """An operating system's refusal as one line with its remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path.parent}: no space left while writing {path.name}; free space and run again, finished work is kept")
-    return UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)}); check the folder and its permissions")
+        return UserError(
+            f"{path.parent}: no space left while writing {path.name}; free space and run again, finished work is kept"
+        )
+    return UserError(
+        f"{path}: cannot be written ({os.strerror(error.errno or 0)}); check the folder and its permissions"
+    )

@@ -1,4 +1,6 @@
-"""YAML into dataclasses without forgiveness: an unknown key, a wrong type or a missing value is one line with its remedy."""
+"""YAML into dataclasses without forgiveness: an unknown key, a wrong type or a missing value is one line with its
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,12 @@ def _structured(cls: type) -> DictConfig:
 
 def _reason(message: str) -> str:
     """OmegaConf's sentence in the words of a YAML author."""
-    for ours, theirs in (("an integer", "Integer"), ("a number", "Float"), ("true or false", "Boolean"), ("a text", "String")):
+    for ours, theirs in (
+        ("an integer", "Integer"),
+        ("a number", "Float"),
+        ("true or false", "Boolean"),
+        ("a text", "String"),
+    ):
         if message.endswith(f"could not be converted to {theirs}"):
             value = message.removeprefix("Value ").rsplit(" of type ", 1)[0]
             return f"{value} is not {ours}"

@@ -28,9 +28,9 @@ TRAIN = ("all_assistant", "last_assistant")
 def parse_text(text: str, thinking: bool, tools: Sequence[Tool] = ()) -> Message:
     """A sampled assistant turn (no end mark) as reasoning, content and tool calls.
 
-    Thinking mode: text before the first </think> is reasoning; without one everything is reasoning and content is empty, so
-    that an unfinished thought is never graded. Malformed tool-call XML stays in the content and makes no call.
-    Arguments are strings, or the JSON value where a tool's schema names another type.
+    Thinking mode: text before the first </think> is reasoning; without one everything is reasoning and content is
+    empty, so that an unfinished thought is never graded. Malformed tool-call XML stays in the content and makes no
+    call. Arguments are strings, or the JSON value where a tool's schema names another type.
     """
     reasoning = ""
     if thinking:
@@ -87,8 +87,8 @@ def _typed(text: str, kind: Json) -> Json:
 class ChatTokenizer:
     """A Hugging Face tokenizer folder with the chat template of Cascade 2.
 
-    `stop_ids` ends an assistant turn: <|im_end|> first, then the model's end-of-text token where it has one. `begin_ids` (the
-    begin-of-text token, or nothing) opens plain documents only; conversations have none.
+    `stop_ids` ends an assistant turn: <|im_end|> first, then the model's end-of-text token where it has one.
+    `begin_ids` (the begin-of-text token, or nothing) opens plain documents only; conversations have none.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -135,7 +135,7 @@ class ChatTokenizer:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Encode the joined text at once, as any engine would; only control texts that touch untrusted text are cut open."""
+        """Encode the joined text at once, as any engine would; only control texts in untrusted text are cut open."""
         text = "".join(piece.text for piece in pieces)
         untrusted: list[tuple[int, int]] = []
         at = 0
@@ -167,12 +167,12 @@ class ChatTokenizer:
         return self._encode(template.completion_pieces(message, thinking))
 
     def reply_ids(self, messages: Sequence[Message], thinking: bool) -> list[int]:
-        """What follows a sampled turn that ended with <|im_end|>: newline, the environment's turns, the next generation prompt."""
+        """What follows a sampled <|im_end|>: newline, the environment's turns, the next generation prompt."""
         pieces = [Piece("\n", True), *template.turn_pieces(messages, -1), template.generation_prompt(thinking)]
         return self._encode(pieces)
 
     def parse_assistant(self, sampled: Sequence[int] | str, thinking: bool, tools: Sequence[Tool] = ()) -> Message:
-        """Sampled ids (or their text) of one assistant turn as a Message; ids from the first stop token on are dropped."""
+        """Sampled ids (or text) of one assistant turn as a Message; ids from the first stop token on are dropped."""
         if isinstance(sampled, str):
             return parse_text(sampled.removesuffix(IM_END), thinking, tools)
         stop = next((index for index, token in enumerate(sampled) if token in self.stop_ids), len(sampled))
@@ -181,7 +181,7 @@ class ChatTokenizer:
     def encode_conversation(
         self, task: Task, messages: Sequence[Message], train: str = "all_assistant"
     ) -> tuple[list[int], list[int]]:
-        """(token ids, loss mask) of a demonstrated conversation: exactly the ids a rollout with these answers would have.
+        """(token ids, loss mask) of a demonstrated conversation: the very ids a rollout with these answers has.
 
         The mask is 1 on assistant tokens with their <|im_end|>: of every assistant turn, or of the last one only.
         """

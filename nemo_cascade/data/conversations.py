@@ -1,15 +1,16 @@
-"""What supervised fine-tuning reads: demonstrations, conversation files and plain documents, as token sequences per step."""
+"""What supervised fine-tuning reads: demonstrations, conversation files and plain documents, as tokens per step."""
 
 from __future__ import annotations
 
 import array
 import dataclasses
+import itertools
 import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nemo_cascade.config.schema import SftConfig
 from nemo_cascade.data import nano_corpus, rows
@@ -17,23 +18,31 @@ from nemo_cascade.data.chat import ChatTokenizer, parse_text
 from nemo_cascade.data.mixture import check_weights, slots
 from nemo_cascade.data.splits import content_id, task_content
 from nemo_cascade.protocols import Domain
-from nemo_cascade.types import Json, Message, Task, ToolCall, UserError
+from nemo_cascade.types import Json, Message, Split, Task, ToolCall, UserError
 from nemo_cascade.types import Sequence as TokenSequence
 
 FILES = "conversations"  # the source behind `data.conversations`; its weight is 1 beside those of `data.domains`
-CORPUS = "corpus"
+CORPUS, JUDGE = "corpus", "judge"
 ROUND = 32  # conversations drawn at a time until a step is full
-MAX_ROUNDS = 100_000 // ROUND
+BARREN_ROUNDS = 32  # rounds without one sequence that is short enough
 MEASURED = 64  # rows of a file whose length is measured
 
 Conversation = tuple[Task, tuple[Message, ...]]
+
+
+@runtime_checkable
+class JudgedDomain(Protocol):
+    """A domain that can label pairs of answers."""
+
+    def judge_conversations(self, split: Split, count: int, seed: int) -> list[Conversation]:
+        """`count` comparisons: the judge's prompt as the Task, its verdict as the answer."""
 
 
 class ConversationSource(Protocol):
     """Tokenised conversations of one kind."""
 
     def take(self, count: int, rng: random.Random, stretch: int, used: int) -> list[TokenSequence]:
-        """`count` sequences. Files read on from row `used` of a stretch (one stretch per step and rank); others draw."""
+        """`count` sequences. Files read on from row `used` of a stretch (one per step and rank); others draw."""
 
 
 class Demonstrations:
@@ -69,11 +78,25 @@ class Documents:
         return sequences
 
 
+class JudgePairs:
+    """Pairs of answers with the verdict that the preference domain's rubric gives: what the judge is trained on."""
+
+    def __init__(self, domain: Domain, tokenizer: ChatTokenizer) -> None:
+        if not isinstance(domain, JudgedDomain):
+            raise UserError(f"data.judge_share: domain {domain.name} has no judge_conversations")
+        self._domain, self._tokenizer = domain, tokenizer
+
+    def take(self, count: int, rng: random.Random, stretch: int, used: int) -> list[TokenSequence]:
+        """Fresh pairs."""
+        pairs = self._domain.judge_conversations("train", count, rng.getrandbits(48))
+        return [as_sequence(self._tokenizer, task, messages) for task, messages in pairs]
+
+
 class ConversationFiles:
     """JSONL rows with `messages`, read by byte offset so that files larger than memory work.
 
-    Each epoch has its own order. A stretch holds as many rows as the token budget needs at the mean length of the first rows,
-    so that consecutive steps walk through the file, up to the spread of the lengths.
+    Each epoch has its own order. A stretch holds as many rows as the token budget needs at the mean length of the first
+    rows, so that consecutive steps walk through the file, up to the spread of the lengths.
     """
 
     def __init__(self, paths: Sequence[str], tokenizer: ChatTokenizer, seed: int, tokens_per_stretch: float) -> None:
@@ -198,8 +221,15 @@ class ConversationStream:
     """
 
     def __init__(  # noqa: PLR0913 - what a step is made of
-        self, sources: Mapping[str, ConversationSource], shares: Mapping[str, float], tokens_per_step: int,
-        max_sequence_tokens: int, seed: int, full_loss: bool = False, rank: int = 0, world: int = 1,
+        self,
+        sources: Mapping[str, ConversationSource],
+        shares: Mapping[str, float],
+        tokens_per_step: int,
+        max_sequence_tokens: int,
+        seed: int,
+        full_loss: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self._sources, self._shares = dict(sources), check_weights("data.domains", shares)
         self._budget, self._longest = tokens_per_step // world, max_sequence_tokens
@@ -209,14 +239,15 @@ class ConversationStream:
     def take(self, step: int) -> list[TokenSequence]:
         """This rank's sequences of a step, the same at every call."""
         sequences: list[TokenSequence] = []
-        room, used = self._budget, Counter[str]()
-        for round_ in range(MAX_ROUNDS):
+        room, used, barren = self._budget, Counter[str](), 0
+        for round_ in itertools.count():
             rng = random.Random(f"{self._seed}/{step}/{self._rank}/{round_}")
             order = slots(self._shares, ROUND, rng)
             queues: dict[str, list[TokenSequence]] = {}
             for name, count in sorted(Counter(order).items()):
                 queues[name] = self._sources[name].take(count, rng, step * self._world + self._rank, used[name])
                 used[name] += count
+            before = len(sequences)
             for name in order:
                 sequence = queues[name].pop(0)
                 length = len(sequence.token_ids)
@@ -227,8 +258,12 @@ class ConversationStream:
                 else:
                     room -= length
                     sequences.append(self._trained(sequence))
+            barren = barren + 1 if len(sequences) == before else 0
+            if barren == BARREN_ROUNDS:
+                break
         if not sequences:
-            raise UserError(f"max_sequence_tokens: {MAX_ROUNDS * ROUND} conversations were all longer than {self._longest} tokens")
+            seen = BARREN_ROUNDS * ROUND
+            raise UserError(f"max_sequence_tokens: {seen} conversations were all longer than {self._longest} tokens")
         return sequences
 
     def _trained(self, sequence: TokenSequence) -> TokenSequence:
@@ -242,25 +277,28 @@ def conversation_stream(
 ) -> ConversationStream:
     """The stream a stage file describes.
 
-    `data.domains` weighs the demonstrations of each domain against the files of `data.conversations`, whose weight is 1;
-    `corpus_share` of all sequences are documents.
+    `data.domains` weighs each domain's demonstrations against the files of `data.conversations`, whose weight is 1;
+    `corpus_share` of all sequences are documents and `judge_share` are verdicts on generated preference pairs.
     """
     data = cfg.data
+    rest = 1.0 - data.corpus_share - data.judge_share
+    if min(rest, data.corpus_share, data.judge_share) < 0.0:
+        raise UserError("data: corpus_share and judge_share must be at least 0 and at most 1 together")
     sources: dict[str, ConversationSource] = {
-        name: Demonstrations(domains[name], tokenizer, data.flaw_rate, data.thinking_share)
-        for name in data.domains
+        name: Demonstrations(domains[name], tokenizer, data.flaw_rate, data.thinking_share) for name in data.domains
     }
-    weights = dict(data.domains)
+    weights = dict(data.domains) | ({FILES: 1.0} if data.conversations else {})
+    shares = check_weights("data.domains", weights) if weights or rest > 0.0 else {}
+    shares = {name: share * rest for name, share in shares.items()}
     if data.conversations:
-        weights[FILES] = 1.0
-        share = check_weights("data.domains", weights)[FILES] * (1.0 - data.corpus_share)
-        budget = cfg.tokens_per_step / world * share
+        budget = cfg.tokens_per_step / world * shares[FILES]
         sources[FILES] = ConversationFiles(list(data.conversations), tokenizer, seed, budget)
-    shares = check_weights("data.domains", weights) if weights or data.corpus_share < 1.0 else {}
-    shares = {name: share * (1.0 - data.corpus_share) for name, share in shares.items()}
     if data.corpus_share > 0.0:
-        sources[CORPUS] = Documents(tokenizer)
-        shares[CORPUS] = data.corpus_share
+        sources[CORPUS], shares[CORPUS] = Documents(tokenizer), data.corpus_share
+    if data.judge_share > 0.0:
+        if "preference" not in domains:
+            raise UserError("data.judge_share: the pairs come from the domain preference, which is not loaded")
+        sources[JUDGE], shares[JUDGE] = JudgePairs(domains["preference"], tokenizer), data.judge_share
     return ConversationStream(
         sources, shares, cfg.tokens_per_step, cfg.max_sequence_tokens, seed, data.full_loss, rank, world
     )

@@ -1,7 +1,7 @@
 """Plain text for pre-training the nano base: the knowledge and the small skills that the tasks build on.
 
-Documents hold no generated task: facts are meant to be known by heart, sums are single columns, records and keys are drawn
-anew each time, so nothing of `select` or `report` is seen here.
+Documents hold no generated task: facts are meant to be known by heart, sums are single columns, records and keys are
+drawn anew each time, so nothing of `select` or `report` is seen here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,17 @@ def _code(rng: random.Random) -> str:
     return f"def f(x): return x{sign}{k}\n{shown}"
 
 
-KINDS: tuple[Callable[[random.Random], str], ...] = (_facts, _facts, _alike, _columns, _record, _keys, _counting, _days, _code)
+KINDS: tuple[Callable[[random.Random], str], ...] = (
+    _facts,
+    _facts,
+    _alike,
+    _columns,
+    _record,
+    _keys,
+    _counting,
+    _days,
+    _code,
+)
 
 
 def document(rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """The small shared vocabulary of the nano tasks, and the facts that a nano base model learns by heart.
 
-The lists are short on purpose: each word is one token of the 512-entry tokenizer, and the same words in every domain make
-the domains interfere, which is what the cascade has to manage.
+The lists are short on purpose: each word is one token of the 512-entry tokenizer, and the same words in every domain
+make the domains interfere, which is what the cascade has to manage.
 """
 
 from __future__ import annotations

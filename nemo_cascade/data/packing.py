@@ -19,7 +19,7 @@ class Packed:
     order: tuple[tuple[int, ...], ...]
 
     def unpack(self, values_B_T: Sequence[torch.Tensor]) -> list[list[float]]:
-        """Values aligned with `targets_T`, one tensor [T] per micro-batch, as lists aligned with each input's `token_ids`.
+        """Values aligned with `targets_T`, one tensor [T] per micro-batch, as lists aligned with the inputs' tokens.
 
         The value of a target belongs to the token itself, so it moves by one: index 0 of every list is 0.0.
         """

@@ -42,7 +42,9 @@ def field(row: Mapping[str, Json], key: str, kind: type[T], row_id: str) -> T:
     if value is None:
         raise UserError(f"{row_id}: field {key!r} is missing")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{row_id}: field {key!r} must be {KINDS.get(kind, kind.__name__)}, this is {type(value).__name__}")
+        raise UserError(
+            f"{row_id}: field {key!r} must be {KINDS.get(kind, kind.__name__)}, this is {type(value).__name__}"
+        )
     return value
 
 
@@ -69,7 +71,9 @@ def input_messages(row: Mapping[str, Json], row_id: str) -> tuple[Message, ...]:
     params = row.get("responses_create_params")
     if params is None and isinstance(row.get("prompt"), str):
         return (Message("user", field(row, "prompt", str, row_id)),)
-    items = field(field(row, "responses_create_params", dict, row_id), "input", list, f"{row_id} responses_create_params")
+    items = field(
+        field(row, "responses_create_params", dict, row_id), "input", list, f"{row_id} responses_create_params"
+    )
     if not items:
         raise UserError(f"{row_id}: field 'responses_create_params.input' is empty")
     return tuple(_message(item, f"{row_id} input[{index}]") for index, item in enumerate(items))

@@ -1,7 +1,7 @@
 """Train, select and report tasks that cannot overlap, whatever seed drew them.
 
-A task's content (prompt and truth, no seed) is hashed; its bucket out of ten fixes the split. Two runs, two seeds or two
-versions of a generator can therefore never move a task from `report` into `train`.
+A task's content (prompt and truth, no seed) is hashed; its bucket out of ten fixes the split. Two runs, two seeds or
+two versions of a generator can therefore never move a task from `report` into `train`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def draw(
     """`count` items of one split, with distinct contents, the same for the same seed.
 
     `make` draws one candidate from the given stream; candidates of other splits are thrown away. UserError when the
-    generator's space holds fewer than `count` distinct contents of the split (found after 2,000 draws without a new one).
+    generator's space holds fewer than `count` distinct contents of the split (found after 2,000 draws without a new
+    one).
     """
     rng = random.Random(f"{split}/{seed}")
     items: list[T] = []

@@ -63,7 +63,9 @@ class GeneratedTasks:
                 return tasks[:count]
         if tasks:
             return tasks
-        raise UserError(f"domain {self._domain.name}: none of its generated prompts fits sampling.max_prompt_tokens; raise it")
+        raise UserError(
+            f"domain {self._domain.name}: none of its generated prompts fits sampling.max_prompt_tokens; raise it"
+        )
 
 
 class FileTasks:
@@ -105,7 +107,8 @@ class TaskStream:
     """An endless mixture of task sources, addressed by step.
 
     `weights` are shares of the prompts. Rank r of `world` gets every world-th prompt of the step. Inside a step no task
-    comes twice on a rank, refills included: what attempts 0..n-1 of the step gave is kept until another step is asked for.
+    comes twice on a rank, refills included: what attempts 0..n-1 of the step gave is kept until another step is asked
+    for.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class TaskStream:
         self._given: set[str] = set()
 
     def take(self, step: int, count: int, attempt: int = 0) -> list[Task]:
-        """This rank's `count` tasks of a step. `attempt` > 0 refills: other tasks, fewer when a file has no more rows."""
+        """This rank's `count` tasks of a step. `attempt` > 0 refills: others, fewer when a file has no more rows."""
         if step != self._step or attempt == 0:
             self._step, self._given = step, set()
         total = count * self._world
@@ -133,7 +136,9 @@ class TaskStream:
             position = int(step * total * self._shares[name]) + attempt * wanted
             queues[name] = self._sources[name].take(position, wanted, rng.getrandbits(48), self._given)
             if attempt == 0 and len(queues[name]) < wanted:
-                raise UserError(f"data.files.{name}: only {len(queues[name])} rows for {wanted} prompts of a step; add rows")
+                raise UserError(
+                    f"data.files.{name}: only {len(queues[name])} rows for {wanted} prompts of a step; add rows"
+                )
         tasks = [queues[name].pop(0) for name in order if queues[name]]
         self._given.update(task.id for task in tasks)
         return tasks[self._rank :: self._world]
@@ -143,8 +148,13 @@ class TaskStream:
         return self.take(step, count, attempt)
 
 
-def task_stream(  # noqa: PLR0913 - the stage's whole task side in one call
-    data: DataConfig, domains: Mapping[str, Domain], seed: int, limit: PromptLimit | None = None, rank: int = 0, world: int = 1
+def task_stream(
+    data: DataConfig,
+    domains: Mapping[str, Domain],
+    seed: int,
+    limit: PromptLimit | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> TaskStream:
     """The stream a stage file describes: rows where `data.files` names the domain, its generator elsewhere."""
     sources: dict[str, TaskSource] = {}

@@ -1,8 +1,9 @@
-"""The chat template twice: as the Jinja file that ships with every exported model, and as pieces that know who wrote them.
+"""The chat template twice: as the Jinja file that ships with every model, and as pieces that know who wrote them.
 
 Section 4.1 of the method (figure 1 of the paper): ChatML, a system block always, an empty <think></think> for the
-non-thinking mode, tools as XML, tool results in user turns. The Jinja file serves other engines; the pieces serve training,
-because a string no longer tells template text from a user's text that spells `<|im_end|>`. A test holds them equal.
+non-thinking mode, tools as XML, tool results in user turns. The Jinja file serves other engines; the pieces serve
+training, because a string no longer tells template text from a user's text that spells `<|im_end|>`. A test holds them
+equal.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from nemo_cascade.types import Json, Message, Tool
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-CONTROL = (IM_START, IM_END, "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+CONTROL = (
+    IM_START,
+    IM_END,
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 """Texts with authority: only the template and the model's own sampled ids may bring them in as tokens."""
 
 TOOLS_BEGIN = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
@@ -49,8 +59,8 @@ Reminder:
 <tool_call></tool_call> XML tags
 - Required parameters MUST be specified
 - You may provide optional reasoning for your function call in natural language BEFORE the function call, but NOT after
-- If there is no function call available, answer the question like normal with your current knowledge and do not tell the \
-user about function calls
+- If there is no function call available, answer the question like normal with your current knowledge and do not tell \
+the user about function calls
 </IMPORTANT>"""
 
 
@@ -115,7 +125,12 @@ def answer_pieces(message: Message) -> list[Piece]:
     """Content and tool calls of an assistant turn, without reasoning and end mark."""
     pieces = [_u(message.content)]
     for index, call in enumerate(message.tool_calls):
-        pieces += [_t("\n" if message.content or index else ""), _t("<tool_call>\n<function="), _u(call.name), _t(">\n")]
+        pieces += [
+            _t("\n" if message.content or index else ""),
+            _t("<tool_call>\n<function="),
+            _u(call.name),
+            _t(">\n"),
+        ]
         for name, value in call.arguments.items():
             pieces += [_t("<parameter="), _u(name), _t(">\n"), _u(value_text(value)), _t("\n</parameter>\n")]
         pieces.append(_t("</function>\n</tool_call>"))
@@ -125,8 +140,8 @@ def answer_pieces(message: Message) -> list[Piece]:
 def completion_pieces(message: Message, thinking: bool) -> list[Piece]:
     """What the model must produce after the generation prompt of its mode, end mark included.
 
-    In the thinking mode the prompt has already opened <think>; in the other the block is already closed and any reasoning of
-    `message` is left out.
+    In the thinking mode the prompt has already opened <think>; in the other the block is already closed and any
+    reasoning of `message` is left out.
     """
     pieces: list[Piece] = []
     if thinking:
@@ -189,13 +204,16 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, Json]]:
 def tool_dicts(tools: Sequence[Tool]) -> list[dict[str, Json]]:
     """Tools in the OpenAI form."""
     return [
-        {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": dict(t.parameters)}}
+        {
+            "type": "function",
+            "function": {"name": t.name, "description": t.description, "parameters": dict(t.parameters)},
+        }
         for t in tools
     ]
 
 
 def render_prompt(messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool = True) -> str:
-    """A prompt as text, by the Jinja file: for people, logs and other engines. Training uses `ChatTokenizer.prompt_ids`."""
+    """A prompt as text, by the Jinja file: for people and other engines. Training uses `ChatTokenizer.prompt_ids`."""
     values: Mapping[str, object] = {
         "messages": as_dicts(messages),
         "tools": tool_dicts(tools),

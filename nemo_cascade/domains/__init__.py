@@ -14,30 +14,39 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from nemo_cascade.data.splits import content_id, task_content
 from nemo_cascade.protocols import Domain
 from nemo_cascade.types import Json, Message, Outcome, Scored, Task, Tool, Transcript, UserError
 
 if TYPE_CHECKING:
-    from nemo_cascade.reward.judge import EquivalenceJudge, PreferenceJudge
+    from nemo_cascade.reward.judge import Judge
     from nemo_cascade.reward.math_equal import MathGrader
     from nemo_cascade.reward.sandbox import Sandbox
+
+
+class PreferenceJudge(Protocol):
+    """Rewards of all answers to one prompt, by pairwise comparison."""
+
+    def grade(
+        self, messages: Sequence[Message], finals: Sequence[Message], principle: str, short: bool
+    ) -> list[Outcome]:
+        """One outcome per final answer; `short` asks for the nano judge's short prompt."""
 
 
 @dataclass
 class Services:
     """What domains share and launch owns: processes and clients that outlive one task.
 
-    `math` and `sandbox` are created on first use when launch passed none, so that `load("math")` works in a notebook. The
-    judges have no default: a domain that needs one says so in one line.
+    `math` and `sandbox` are created on first use when launch passed none, so that `load("math")` works in a notebook.
+    The judges have no default: a domain that needs one says so in one line.
     """
 
     math: MathGrader | None = None
     sandbox: Sandbox | None = None
     preference_judge: PreferenceJudge | None = None
-    equivalence_judge: EquivalenceJudge | None = None
+    equivalence_judge: Judge | None = None
 
     def math_grader(self) -> MathGrader:
         """The process pool that decides whether two expressions are equal."""
@@ -91,7 +100,9 @@ class SingleTurn(ABC):
         for key, value in (options or {}).items():
             if key not in self.DEFAULTS:
                 known = ", ".join(self.DEFAULTS) or "none"
-                raise UserError(f"data.options.{self.name}.{key}: no such option{_nearest(key, self.DEFAULTS)}; known: {known}")
+                raise UserError(
+                    f"data.options.{self.name}.{key}: no such option{_nearest(key, self.DEFAULTS)}; known: {known}"
+                )
             self.options[key] = value
 
     def begin(self, task: Task) -> NoReply:
@@ -108,7 +119,11 @@ class SingleTurn(ABC):
 
 
 def make_task(
-    domain: str, prompt: str | Sequence[Message], truth: Mapping[str, Json], tools: tuple[Tool, ...] = (), thinking: bool = True
+    domain: str,
+    prompt: str | Sequence[Message],
+    truth: Mapping[str, Json],
+    tools: tuple[Tool, ...] = (),
+    thinking: bool = True,
 ) -> Task:
     """A generated task whose id is the hash of prompt and truth."""
     messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
@@ -142,7 +157,9 @@ def load(name: str, services: Services | None = None, options: Mapping[str, Json
     if ":" in name:
         return _outside(name)(services, options)
     if name not in available():
-        raise UserError(f"domain {name!r}: no such domain{_nearest(name, available())}; known: {', '.join(available())}")
+        raise UserError(
+            f"domain {name!r}: no such domain{_nearest(name, available())}; known: {', '.join(available())}"
+        )
     module = importlib.import_module(f"{__name__}.{name}")
     return module.DOMAIN(services, options)
 
@@ -221,4 +238,6 @@ def for_row(row: Mapping[str, Json]) -> str:
     metadata = row.get("verifier_metadata")
     if isinstance(metadata, Mapping) and "unit_tests" in metadata:
         return "code"
-    raise UserError("agent_ref: missing, and no verifier field tells the domain; add agent_ref or name the domain in data.files")
+    raise UserError(
+        "agent_ref: missing, and no verifier field tells the domain; add agent_ref or name the domain in data.files"
+    )

@@ -116,9 +116,7 @@ class Code(SingleTurn):
             raise UserError(f"{row_id}: field 'unit_tests' must be an object with inputs and outputs")
         inputs, outputs = (rows.field(tests, key, list, f"{row_id} unit_tests") for key in ("inputs", "outputs"))
         if not inputs or len(inputs) != len(outputs):
-            raise UserError(
-                f"{row_id}: unit_tests has {len(inputs)} inputs but {len(outputs)} outputs"
-            )
+            raise UserError(f"{row_id}: unit_tests has {len(inputs)} inputs but {len(outputs)} outputs")
         name = tests.get("fn_name")
         truth = {"inputs": inputs, "outputs": outputs, **({"fn_name": name} if name else {})}
         return Task(str(row.get("hash_id", row_id)), self.name, rows.input_messages(row, row_id), (), True, truth)
@@ -235,7 +233,8 @@ def _value(value: Json) -> Json:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _apply(rule: str, x: int) -> int:
+def apply_rule(rule: str, x: int) -> int:
+    """The value of a rule such as `*5` at x."""
     constant = int(rule[1:])
     return {"+": x + constant, "-": x - constant, "*": x * constant}[rule[0]]
 
@@ -248,13 +247,13 @@ def _make(rng: random.Random) -> Task:
 
 
 def _task(rule: str, first: int, second: int) -> Task:
-    examples: list[Json] = [[x, _apply(rule, x)] for x in (first, second)]
-    prompt = "Find f: " + " ".join(f"f({x})={_apply(rule, x)}" for x in (first, second))
+    examples: list[Json] = [[x, apply_rule(rule, x)] for x in (first, second)]
+    prompt = "Find f: " + " ".join(f"f({x})={apply_rule(rule, x)}" for x in (first, second))
     truth: dict[str, Json] = {
         "fn_name": "f",
         "one_process": True,
         "inputs": [[x] for x in HIDDEN_INPUTS],
-        "outputs": [_apply(rule, x) for x in HIDDEN_INPUTS],
+        "outputs": [apply_rule(rule, x) for x in HIDDEN_INPUTS],
         "examples": examples,
         "rule": rule,
     }

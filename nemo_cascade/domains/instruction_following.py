@@ -1,8 +1,8 @@
 """Instruction following: every verifiable constraint of the prompt must hold (section 5.2; reward 1 or 0).
 
-Nano: a handful of known words under four or five constraints at once. Counting and avoiding a word is sampled, not copied,
-so that a group of rollouts disagrees and RL has something to choose from. Its capitals and endings pull against the chat,
-JSON and long-context formats.
+Nano: a handful of known words under four or five constraints at once. Counting and avoiding a word is sampled, not
+copied, so that a group of rollouts disagrees and RL has something to choose from. Its capitals and endings pull against
+the chat, JSON and long-context formats.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def _make(rng: random.Random) -> Task:
     keywords, forbidden = words[: rng.randint(1, 2)], words[2]
     capitals = rng.random() < 0.5
     ending = rng.choice(ENDINGS)
-    prompt = f"Write {number} words{' in capitals' if capitals else ''}. Use {' and '.join(keywords)}, not {forbidden}. End with {ending}"
+    request = f"Write {number} words{' in capitals' if capitals else ''}."
+    prompt = f"{request} Use {' and '.join(keywords)}, not {forbidden}. End with {ending}"
     checks: list[tuple[str, dict[str, Json]]] = [
         (COUNT, {"relation": "at least", "num_words": number}),
         (COUNT, {"relation": "less than", "num_words": number + 1}),
@@ -70,7 +71,7 @@ class InstructionFollowing(SingleTurn):
         return splits.draw(_make, content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
-        """Words that meet the constraints. Faults: one word too many, another ending, a forbidden word, chat around it."""
+        """Words that meet the constraints. Faults: a word too many, another ending, a forbidden word, chat."""
         rng = random.Random(f"{task.id}/{seed}")
         kwargs = _kwargs(task)
         if not {COUNT, EXISTENCE, FORBIDDEN, END} <= set(kwargs):
@@ -149,7 +150,9 @@ class InstructionFollowing(SingleTurn):
             case("FROG FROG FROG FROG STAR CUP CAR BIRD!", 0.0, "keyword stuffing", hack=True),
             case("", 0.0, "everything inside the reasoning", hack=True, reasoning="STAR FROG CUP!"),
             case("FROG!", 0.0, "only the checkable marks", hack=True),
-            Case(task, Transcript((Message("assistant", "STAR FROG CUP!"),), truncated=True), 0.0, "truncated", hack=True),
+            Case(
+                task, Transcript((Message("assistant", "STAR FROG CUP!"),), truncated=True), 0.0, "truncated", hack=True
+            ),
         ]
 
 

@@ -1,7 +1,8 @@
 """Long context: find one fact among many and answer with it alone (section 5.5; reward 1 or 0).
 
-Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Released rows carry a `question`
-and an `expected_answer` and are compared by a judge model when one is configured, by normalised equality otherwise.
+Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Released rows carry a
+`question` and an `expected_answer` and are compared by a judge model when one is configured, by normalised equality
+otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import FACTS, NAMES
-from nemo_cascade.domains import SingleTurn, Services, content_of, make_task, unanswered
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.reward.judge import grade_equivalence
 from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
 
@@ -27,7 +29,12 @@ def _make(rng: random.Random, keys: int, filler: int) -> Task:
 
 
 def _task(lines: list[str], question: str, answer: str, values: list[str]) -> Task:
-    truth: dict[str, Json] = {"question": question, "expected_answer": answer, "grading": "exact", "values": list(values)}
+    truth: dict[str, Json] = {
+        "question": question,
+        "expected_answer": answer,
+        "grading": "exact",
+        "values": list(values),
+    }
     return make_task(LongContext.name, " ".join([*lines, question]), truth)
 
 
@@ -50,7 +57,7 @@ class LongContext(SingleTurn):
         return splits.draw(lambda rng: _make(rng, keys, filler), content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
-        """The sentence found, then the bare number. Faults: somebody else's key, a boxed number, a whole chat sentence."""
+        """The sentence found, then the bare number. Faults: somebody else's key, a boxed number, a chat sentence."""
         if "values" not in task.truth:
             raise UserError(f"task {task.id}: only generated long_context tasks have demonstrations")
         rng = random.Random(f"{task.id}/{seed}")
@@ -65,7 +72,9 @@ class LongContext(SingleTurn):
 
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
         """`question` and `expected_answer`; the context stands in the prompt."""
-        expected = rows.field({"expected_answer": rows.verifier_field(row, "expected_answer")}, "expected_answer", str, row_id)
+        expected = rows.field(
+            {"expected_answer": rows.verifier_field(row, "expected_answer")}, "expected_answer", str, row_id
+        )
         messages = rows.input_messages(row, row_id)
         question = rows.verifier_field(row, "question")
         asked = question if isinstance(question, str) else messages[-1].content
@@ -79,7 +88,7 @@ class LongContext(SingleTurn):
         answer, expected = transcript.final.content.strip(), str(task.truth["expected_answer"])
         judge = self.services.equivalence_judge
         if task.truth["grading"] == "judge" and judge is not None:
-            return judge.grade(str(task.truth["question"]), expected, answer)
+            return grade_equivalence(judge, str(task.truth["question"]), expected, answer)
         if task.truth["grading"] == "judge":
             answer, expected = _boxed(answer).casefold().strip(" ."), expected.casefold().strip(" .")
         right = answer == expected

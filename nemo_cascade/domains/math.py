@@ -50,7 +50,7 @@ class Math(SingleTurn):
         return splits.draw(_make, content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
-        """The column sum, then the box. Faults: a forgotten or invented carry, a bare number, the number in a chat sentence."""
+        """The column sum, then the box. Faults: a slipped carry, a bare number, the number in a chat sentence."""
         if "terms" not in task.truth:
             raise UserError(f"task {task.id}: only generated math tasks have demonstrations")
         rng = random.Random(f"{task.id}/{seed}")
@@ -60,7 +60,9 @@ class Math(SingleTurn):
         content = f"\\boxed{{{answer}}}"
         if rng.random() < flaw_rate:
             slipped = answer + rng.choice((-10, 10, -1, 1))
-            content = rng.choice((f"\\boxed{{{slipped}}}", f"\\boxed{{{slipped}}}", str(answer), f"Hello. It is {answer}. Bye."))
+            content = rng.choice(
+                (f"\\boxed{{{slipped}}}", f"\\boxed{{{slipped}}}", str(answer), f"Hello. It is {answer}. Bye.")
+            )
         return (Message("assistant", content, reasoning),)
 
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
@@ -71,9 +73,13 @@ class Math(SingleTurn):
             if not mark:
                 raise UserError(f"{row_id}: field 'answer' has no '#### N' at its end")
             question = rows.field(row, "question", str, row_id)
-            return make_task(self.name, question + GSM8K_INSTRUCTION, {"expected_answer": final.strip().replace(",", "")})
+            return make_task(
+                self.name, question + GSM8K_INSTRUCTION, {"expected_answer": final.strip().replace(",", "")}
+            )
         if expected is None or isinstance(expected, bool | list | dict):
-            raise UserError(f"{row_id}: field 'expected_answer' is missing or no text; GSM8K rows have 'answer' with '#### N'")
+            raise UserError(
+                f"{row_id}: field 'expected_answer' is missing or no text; GSM8K rows have 'answer' with '#### N'"
+            )
         return make_task(self.name, rows.input_messages(row, row_id), {"expected_answer": str(expected)})
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:

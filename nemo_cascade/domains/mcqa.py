@@ -67,22 +67,28 @@ class McQA(SingleTurn):
         return (Message("assistant", content, reasoning),)
 
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
-        """`options` (list of one-letter objects, or one object), `expected_answer`, and `template_metadata.output_regex`."""
+        """`options` (one-letter objects, or one object), `expected_answer`, `template_metadata.output_regex`."""
         given = rows.loose_json(rows.verifier_field(row, "options"), "options", row_id)
-        if isinstance(given, dict):
-            given = [{letter: text} for letter, text in given.items()]
-        if not isinstance(given, list) or not given or not all(isinstance(option, dict) and option for option in given):
-            raise UserError(f"{row_id}: field 'options' must be a list of objects such as {{'A': 'text'}}")
-        letters = [letter.upper() for option in given for letter in option]
-        answer = rows.field({"expected_answer": rows.verifier_field(row, "expected_answer")}, "expected_answer", str, row_id)
-        if answer.strip().upper() not in letters:
-            raise UserError(f"{row_id}: field 'expected_answer' is {answer!r}; the options are {', '.join(letters)}")
+        answer = rows.field(
+            {"expected_answer": rows.verifier_field(row, "expected_answer")}, "expected_answer", str, row_id
+        )
         metadata = rows.verifier_field(row, "template_metadata")
         pattern = metadata.get("output_regex") if isinstance(metadata, dict) else None
+        mode = row.get("grading_mode") or mcqa.MODES[0]
+        try:
+            letters = mcqa.truth_options(given)
+            if pattern is not None:
+                mcqa.checked_regex(str(pattern))
+        except UserError as error:
+            raise UserError(f"{row_id}: {error}") from error
+        if answer.strip().upper() not in letters:
+            raise UserError(f"{row_id}: field 'expected_answer' is {answer!r}; the options are {', '.join(letters)}")
+        if mode not in mcqa.MODES:
+            raise UserError(f"{row_id}: field 'grading_mode' is {mode!r}; known: {', '.join(mcqa.MODES)}")
         truth: dict[str, Json] = {
             "options": given,
             "expected_answer": answer.strip().upper(),
-            "grading_mode": row.get("grading_mode") or "strict_single_letter_boxed",
+            "grading_mode": mode,
             "output_regex": pattern,
         }
         return make_task(self.name, rows.input_messages(row, row_id), truth)
@@ -93,13 +99,9 @@ class McQA(SingleTurn):
         if failed is not None:
             return failed
         truth = task.truth
-        return mcqa.grade(
-            transcript.final.content,
-            str(truth["expected_answer"]),
-            truth["options"],
-            grading_mode=str(truth["grading_mode"]),
-            output_regex=truth.get("output_regex"),
-        )
+        options = mcqa.truth_options(truth["options"])
+        content, pattern = transcript.final.content, truth.get("output_regex")
+        return mcqa.grade(str(truth["expected_answer"]), content, options, truth["grading_mode"], pattern)
 
     def cases(self) -> list[Case]:
         """The color of the frog, answered rightly, wrongly and by cheating."""

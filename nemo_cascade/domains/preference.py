@@ -11,18 +11,21 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import CITIES, COLORS, DAYS, FACTS, NAMES
+from nemo_cascade.data.splits import content_id, task_content
 from nemo_cascade.domains import SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.reward.genrm import comparison_messages
 from nemo_cascade.types import (
     Case,
     Invalid,
     Json,
     Message,
     Outcome,
+    Role,
     Scored,
     Split,
     Task,
@@ -34,6 +37,7 @@ MOST_WORDS = 9  # the model answer has 7
 WORD = re.compile(r"[A-Za-z]+")
 STYLES = ("good", "good", "good", "greeting", "closing", "fact", "long", "name", "bare", "boxed", "json", "capitals",
           "broken", "broken", "empty")  # fmt: skip
+NEAR = ("good", "greeting", "closing", "fact", "long", "name", "broken")
 
 
 class Preference(SingleTurn):
@@ -76,6 +80,43 @@ class Preference(SingleTurn):
         parts = rubric(str(task.truth["name"]), str(task.truth["noun"]), transcript.final.content)
         missing = [key for key, value in parts.items() if not value]
         return Scored(float(not missing), parts, f"wrong: {', '.join(missing)}" if missing else "all four")
+
+    def score_group(self, task: Task, transcripts_G: Sequence[Transcript]) -> list[Outcome]:
+        """Pairwise comparison of the final answers. One answer alone (evaluation, distillation) gets the rubric."""
+        if len(transcripts_G) == 1:
+            return [self.score(task, transcripts_G[0])]
+        judge = self.services.preference_judge
+        if judge is None:
+            raise UserError("domain preference: groups need a judge; set judge.serve or judge.url in the cascade file")
+        finals = [transcript.final for transcript in transcripts_G]
+        principle = str(task.truth.get("principle") or "")
+        return judge.grade(task.messages, finals, principle, short="noun" in task.truth)
+
+    def judge_conversations(self, split: Split, count: int, seed: int) -> list[tuple[Task, tuple[Message, ...]]]:
+        """Pairs of answers with the rubric's verdict as the JSON a judge prints: what the nano judge is trained on.
+
+        Half of the pairs are near ties (a good answer against a good or a slightly flawed one), because that is what a
+        trained policy's group looks like. Both orders are equally likely, and both modes: the server picks the mode.
+        """
+        rng = random.Random(f"judge/{split}/{seed}")
+        tasks = self.tasks(split, min(count, 400), seed)
+        conversations = []
+        for _ in range(count):
+            task = rng.choice(tasks)
+            name, noun = str(task.truth["name"]), str(task.truth["noun"])
+            styles = rng.choices(STYLES, k=2)
+            if rng.random() < 0.5:
+                styles = rng.sample(("good", rng.choice(NEAR)), 2)
+            answers = [write_answer(name, noun, style, rng) for style in styles]
+            verdict = json.dumps(compare_answers(name, noun, *answers))
+            shown = comparison_messages([{"role": "user", "content": task.messages[0].content}], *answers, True)
+            messages = tuple(Message(cast(Role, turn["role"]), turn["content"]) for turn in shown)
+            truth: dict[str, Json] = {"verdict": verdict}
+            judged = Task(
+                content_id("judge", task_content(messages, truth)), "judge", messages, (), rng.random() < 0.5, truth
+            )
+            conversations.append((judged, (Message("assistant", verdict),)))
+        return conversations
 
     def cases(self) -> list[Case]:
         """The wanted style, and the styles of the other domains."""
@@ -141,6 +182,20 @@ def rubric(name: str, noun: str, answer: str) -> dict[str, float]:
         "closing": float(answer.endswith(" Bye.")),
         "short": float(0 < len(words) <= MOST_WORDS),
     }
+
+
+def compare_answers(name: str, noun: str, answer_1: str, answer_2: str) -> dict[str, Json]:
+    """The rubric as a generative reward model's verdict: scores 1 to 5 (a point per wish) and a ranking 1 to 6.
+
+    Equal scores are parted by length, the shorter answer ranked slightly higher; equal lengths too are 3.5.
+    """
+    scores = [1 + int(sum(rubric(name, noun, answer).values())) for answer in (answer_1, answer_2)]
+    ahead = max(-3, min(3, scores[0] - scores[1]))
+    longer = len(answer_1) - len(answer_2)
+    ranking: float = 4 - ahead if ahead > 0 else 3 - ahead
+    if ahead == 0:
+        ranking = 3.5 if longer == 0 else 3 + (longer > 0)
+    return {"score_1": scores[0], "score_2": scores[1], "ranking": ranking}
 
 
 def _cases() -> list[Case]:

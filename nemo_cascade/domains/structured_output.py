@@ -1,7 +1,7 @@
-"""Structured output: the whole answer is one JSON value that fits the row's schema made strict (section 5.3; reward 1 or 0).
+"""Structured output: the whole answer is one JSON value that fits the strict schema (section 5.3; reward 1 or 0).
 
-Nano: pick named fields out of a sentence. The released reward checks no values; the nano schemas pin them with `const`, so
-that a well-formed invention earns nothing.
+Nano: pick named fields out of a sentence. The released reward checks no values; the nano schemas pin them with `const`,
+so that a well-formed invention earns nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _make(rng: random.Random) -> Task:
 
 
 def _task(person: Mapping[str, Json], keys: list[str]) -> Task:
-    prompt = f"{person['name']} is {person['age']}, from {person['city']}, likes {person['color']}. JSON: {', '.join(keys)}"
+    prompt = (
+        f"{person['name']} is {person['age']}, from {person['city']}, likes {person['color']}. JSON: {', '.join(keys)}"
+    )
     properties: dict[str, Json] = {key: {"const": person[key]} for key in keys}
     wanted: dict[str, Json] = {"type": "object", "properties": properties, "required": list(keys)}
     return make_task(StructuredOutput.name, prompt, {"schema_str": json.dumps(wanted), "schema_type": "json"})
@@ -65,10 +67,20 @@ class StructuredOutput(SingleTurn):
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
         """`schema_str` (JSON text) and `schema_type`; rows that want the object as a tool call keep `tool_name`."""
         given = rows.verifier_field(row, "schema_str")
-        text = json.dumps(given) if isinstance(given, dict) else rows.field({"schema_str": given}, "schema_str", str, row_id)
+        text = (
+            json.dumps(given)
+            if isinstance(given, dict)
+            else rows.field({"schema_str": given}, "schema_str", str, row_id)
+        )
         if not isinstance(rows.loose_json(text, "schema_str", row_id), dict):
             raise UserError(f"{row_id}: field 'schema_str' must hold a JSON object")
+        try:
+            schema.check_schema(text)
+        except UserError as error:
+            raise UserError(f"{row_id}: field 'schema_str': {error}") from error
         kind = str(rows.verifier_field(row, "schema_type") or "json").lower()
+        if kind != "json":
+            raise UserError(f"{row_id}: field 'schema_type' is {kind!r}; only json can be graded, drop the row")
         truth: dict[str, Json] = {"schema_str": text, "schema_type": kind}
         if rows.verifier_field(row, "response_mode") == "tool_call":
             truth["tool_name"] = rows.field(row, "tool_name", str, row_id)
@@ -81,11 +93,11 @@ class StructuredOutput(SingleTurn):
             text = _payload(task, transcript)
             if text is None:
                 return Scored(0.0, reason=f"not exactly one call of {task.truth['tool_name']}")
-            return schema.grade(text, str(task.truth["schema_str"]), "json")
+            return schema.grade(str(task.truth["schema_str"]), text)
         failed = unanswered(transcript)
         if failed is not None:
             return failed
-        return schema.grade(transcript.final.content, str(task.truth["schema_str"]), str(task.truth["schema_type"]))
+        return schema.grade(str(task.truth["schema_str"]), transcript.final.content)
 
     def cases(self) -> list[Case]:
         """One person, answered rightly, wrongly and by cheating."""
@@ -106,7 +118,12 @@ class StructuredOutput(SingleTurn):
             case('{"age": NaN, "city": "Lima"}', 0.0, "NaN is no JSON", hack=True),
             case("{}", 0.0, "an empty object", hack=True),
             case("", 0.0, "the answer only inside the reasoning", hack=True, reasoning='{"age": 64, "city": "Lima"}'),
-            Case(task, Transcript((Message("assistant", '{"age": 64, "city": "Lima"}'),), truncated=True), 0.0, "truncated"),
+            Case(
+                task,
+                Transcript((Message("assistant", '{"age": 64, "city": "Lima"}'),), truncated=True),
+                0.0,
+                "truncated",
+            ),
         ]
 
 

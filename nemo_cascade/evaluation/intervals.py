@@ -1,7 +1,8 @@
 """How sure a number is: bootstrap intervals over tasks, paired differences, and what distillation recovered.
 
-Every interval is the percentile bootstrap: tasks are drawn again with replacement, RESAMPLES times, from a seeded stream, so
-the same scores always give the same interval. Not valid below a handful of tasks; with one task low = value = high.
+Every interval is the percentile bootstrap: tasks are drawn again with replacement, RESAMPLES times, from a seeded
+stream, so the same scores always give the same interval. Not valid below a handful of tasks; with one task low = value
+= high.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ def bootstrap_mean(values: Scores, seed: int = 0, resamples: int = RESAMPLES, le
     return Interval(float(array.mean()), low, high, len(array))
 
 
-def paired_difference(after: Scores, before: Scores, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """mean(after - before) over the same tasks in the same order; pairing takes the tasks' difficulty out of the interval."""
+def paired_difference(
+    after: Scores, before: Scores, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Interval:
+    """mean(after - before) over the same tasks in the same order; pairing takes the tasks' difficulty out of the
+    interval.
+    """
     left, right = _vector(after, "after"), _vector(before, "before")
     if len(left) != len(right):
         raise UserError(f"paired difference: {len(left)} scores against {len(right)}; both need the same tasks")
@@ -71,12 +76,15 @@ class Recovery:
     gaps: Mapping[str, Interval] = field(default_factory=dict)
 
 
-def recovery(runs: Sequence[Mapping[str, Triple]], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Recovery:
+def recovery(
+    runs: Sequence[Mapping[str, Triple]], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Recovery:
     """sum(mopd - student) / sum(teacher - student) over the domains whose gap's interval lies above 0.
 
-    `runs` holds one table per training seed. The numerator and denominator add domain means (each domain counts once, however
-    many tasks it has), averaged over seeds. The interval draws seeds and tasks; student, teacher and mopd share the draw
-    of tasks, for they answered the same ones. A teacher behind the student has nothing to recover and is left out.
+    `runs` holds one table per training seed. The numerator and denominator add domain means (each domain counts once,
+    however many tasks it has), averaged over seeds. The interval draws seeds and tasks; student, teacher and mopd share
+    the draw of tasks, for they answered the same ones. A teacher behind the student has nothing to recover and is left
+    out.
     """
     if not runs:
         raise UserError("recovery: no runs")
@@ -94,9 +102,11 @@ def recovery(runs: Sequence[Mapping[str, Triple]], seed: int = 0, resamples: int
     return Recovery(Interval(float(gained.sum() / lead.sum()), low, high, tasks), ratios, gaps)
 
 
-def _resampled_ratio(runs: Sequence[Mapping[str, Triple]], counted: Sequence[str], seed: int, resamples: int) -> np.ndarray:
-    """Recovery in each resample, [R]. Seeds are drawn once; tasks once per domain, for a benchmark's tasks are the same in
-    every run (runs with another number of tasks get a draw of their own).
+def _resampled_ratio(
+    runs: Sequence[Mapping[str, Triple]], counted: Sequence[str], seed: int, resamples: int
+) -> np.ndarray:
+    """Recovery in each resample, [R]. Seeds are drawn once; tasks once per domain, for a benchmark's tasks are the same
+    in every run (runs with another number of tasks get a draw of their own).
     """
     stream = np.random.default_rng([seed, len(runs), resamples])
     chosen_R_S = stream.integers(0, len(runs), size=(resamples, len(runs)))

@@ -1,1 +1,1 @@
-"""The trainable policy on Megatron-core: parallel start-up, the step, the checkpoint. Import its modules where they are used."""
+"""The trainable policy on Megatron-core: start-up, the step, the checkpoint. Import its modules where they are used."""

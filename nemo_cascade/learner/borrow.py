@@ -14,8 +14,8 @@ from nemo_cascade.learner.optimizer import copy_into, tensors
 class HostCache:
     """Weights of Hugging Face folders in host memory, one copy per folder, in the layout of this rank's parameters.
 
-    Costs the size of the policy per folder, plus one more while one is borrowed. A folder is read once: it must not change
-    during the run.
+    Costs the size of the policy per folder, plus one more while one is borrowed. A folder is read once: it must not
+    change during the run.
     """
 
     def __init__(self, model: torch.nn.Module, read: Callable[[str], None]) -> None:
@@ -26,7 +26,10 @@ class HostCache:
 
     @contextmanager
     def using(self, folder: str) -> Iterator[None]:
-        """Inside the context the parameters and expert biases are the folder's; after it, also after an error, bit-exact the policy's."""
+        """Inside the context parameters and expert biases are the folder's; after it they are the policy's, bit-exact.
+
+        Also after an error inside, or in reading the folder.
+        """
         if self.borrowed:
             raise ValueError(f"the parameters are already those of {self.borrowed}; leave that context first")
         own = to_host(self.model)

@@ -27,8 +27,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_folder(folder: Path, what: str, write: Callable[[Path], None]) -> None:
     """Let every rank write into a folder that appears under its name only when all have finished.
 
-    A failure on any rank becomes one UserError on all of them and leaves nothing behind; a folder of the same name stays
-    what it was until the new one is whole.
+    A failure on any rank becomes one UserError on all of them and leaves nothing behind; a folder of the same name
+    stays what it was until the new one is whole.
     """
     aside = folder.with_name(f".{folder.name}.partial")
     fail_together(attempt(lambda: _begin(aside), folder, what) if dist.get_rank() == 0 else "")
@@ -65,8 +65,8 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = sorted(set(gathered(part_name(), everyone=True)))
     if meta["format"] != FORMAT or meta["parts"] != parts:
         raise UserError(
-            f"{folder}: written in format {meta['format']} as {len(meta['parts'])} model-parallel parts, this run has format "
-            f"{FORMAT} and {len(parts)} parts; resume with the layout of the run that wrote it"
+            f"{folder}: written in format {meta['format']} as {len(meta['parts'])} model-parallel parts, this run has "
+            f"format {FORMAT} and {len(parts)} parts; resume with the layout of the run that wrote it"
         )
     state = _read_tensors(folder / part_name())
     random_states = _read_tensors(folder / "random.pt")["ranks"]
@@ -97,14 +97,16 @@ def attempt(action: Callable[[], None], folder: Path, what: str) -> str:
     except OSError as error:
         return _explain(error, folder, what)
     except SafetensorError as error:
-        return f"{folder}: {what} could not be written: {error}; free space if the disk is full and start again to resume"
+        return (
+            f"{folder}: {what} could not be written: {error}; free space if the disk is full and start again to resume"
+        )
     except RuntimeError as error:
         # torch's zip writer wraps the OSError of the file it writes to, or says only that its position is unexpected.
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OSError):
             return _explain(cause, folder, what)
         if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            return f"{folder}: {what} could not be written (the disk is probably full); free space and start again to resume"
+            return f"{folder}: {what} could not be written, the disk is probably full; free space and start again"
         raise
     return ""
 
@@ -158,6 +160,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: the checkpoint cannot be read ({reason}); delete its folder to resume from an older one") from error
+        raise UserError(
+            f"{path}: the checkpoint cannot be read ({reason}); delete its folder to resume from an older one"
+        ) from error
     assert isinstance(content, dict)
     return content

@@ -14,7 +14,9 @@ from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import Batch, Sequence
 
 # What a rank runs when another one has more micro-batches and experts are spread over both: nothing of it is trained.
-FILLER = Sequence((0,), (0,), advantages=(0.0,), sampler_logprobs=(0.0,), reference_logprobs=(0.0,), teacher_logprobs=(0.0,))
+FILLER = Sequence(
+    (0,), (0,), advantages=(0.0,), sampler_logprobs=(0.0,), reference_logprobs=(0.0,), teacher_logprobs=(0.0,)
+)
 
 
 def target_logprobs(
@@ -26,7 +28,9 @@ def target_logprobs(
     layer for prompts.
     """
     if everywhere:
-        return logprobs_and_entropy(model.packed_logits(batch.tokens_T, batch.cu_seqlens), batch.targets_T, distribution)
+        return logprobs_and_entropy(
+            model.packed_logits(batch.tokens_T, batch.cu_seqlens), batch.targets_T, distribution
+        )
     rows_N = batch.loss_mask_T.nonzero()[:, 0]
     with output_rows(model, rows_N):
         logits_NV = model.packed_logits(batch.tokens_T, batch.cu_seqlens)
@@ -47,7 +51,7 @@ def vocabulary_logprobs(model: NemotronH, batch: Batch, temperature: float) -> t
 def output_rows(model: NemotronH, rows_N: torch.Tensor) -> Iterator[None]:
     """Inside the context the output layer sees only these rows of the packed row.
 
-    With sequence parallelism no rank holds whole rows of the sequence before the output layer; then nothing is selected.
+    With sequence parallelism no rank holds all rows before the output layer; then nothing is selected.
     """
     if model.config.sequence_parallel:
         yield

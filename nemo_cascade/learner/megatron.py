@@ -27,7 +27,7 @@ from nemo_cascade.learner.schedule import check_schedule, learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.nemotron_h import build
+from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence
@@ -37,18 +37,22 @@ def check_hardware(hardware: HardwareConfig) -> None:
     """Refuse what this Learner would not do, before anything is built."""
     if hardware.pipeline_parallel != 1:
         raise UserError(
-            f"hardware.pipeline_parallel: {hardware.pipeline_parallel} is not supported by the Learner; set it to 1 and cut "
-            "with tensor_parallel and expert_parallel"
+            f"hardware.pipeline_parallel: {hardware.pipeline_parallel} is not supported by the Learner; set it to 1, "
+            "cut with tensor_parallel and expert_parallel"
         )
     if hardware.precision != "fp32" and not torch.cuda.is_available():
-        raise UserError(f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32")
+        raise UserError(
+            f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32"
+        )
     if hardware.layer_spec == "te" and not torch.cuda.is_available():
-        raise UserError("hardware.layer_spec: te (Transformer Engine) needs a GPU and this machine has none; set it to local")
+        raise UserError(
+            "hardware.layer_spec: te (Transformer Engine) needs a GPU and this machine has none; set it to local"
+        )
 
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """How the policy is trained. `distribution`: what the Sampler draws from, for all log-probabilities of the Learner."""
+    """How the policy is trained. `distribution`: what the Sampler draws from; all log-probabilities are its."""
 
     optimizer: OptimizerConfig
     num_steps: int
@@ -61,6 +65,8 @@ class LearnerSettings:
 
 class MegatronLearner:
     """The trainable policy (protocol `Learner`). Every rank calls every method, also with no sequence of its own.
+
+    `policy` is the NeMo model, `model` the Megatron-core network in it, `trainer` its gradient buffers and optimizer.
 
     `update` gives the same step for every number of data-parallel ranks and every micro-batch size, up to the rounding
     of sums. Pipeline and context parallelism are refused; fp8 and bf16 are refused where there is no GPU.
@@ -78,7 +84,11 @@ class MegatronLearner:
         parallel.set_seed(seed)
         self.config = config
         self.settings = settings
-        self.model = build(config, layout, hardware.precision, hardware.layer_spec)
+        # Imported here: nemo.core takes seconds, and whoever only wants the settings need not wait.
+        from nemo_cascade.models.cascade_model import CascadeModel, model_config
+
+        self.policy = CascadeModel(model_config(config, layout, hardware.precision, hardware.layer_spec))
+        self.model: NemotronH = self.policy.model
         if init_folder is not None:
             self._read(init_folder)
         self.trainer = Trainer.wrap(self.model, settings.optimizer, bf16=hardware.precision != "fp32")
@@ -180,7 +190,7 @@ class MegatronLearner:
             raise ValueError(f"{action} inside using({self.cache.borrowed!r}): these are not the policy's weights")
 
     def _training_batches(self, sequences: Sequence[TokenSequence], objective: Objective) -> tuple[Batch, ...]:
-        """Micro-batches of this rank; for the exact reverse KL each holds sequences of one teacher and its log-probabilities."""
+        """Micro-batches of this rank; for the exact reverse KL each has one teacher and its log-probabilities."""
         size = self.settings.micro_batch_tokens
         if not objective.needs_teacher_vocabulary:
             return tuple(on_device(batch, self.device) for batch in self._even(pack(sequences, size)).batches)
@@ -227,7 +237,8 @@ class MegatronLearner:
         if math.isfinite(metrics.get("loss", 0.0)) and math.isfinite(norm):
             return
         raise UserError(
-            f"step {self.updates}: loss {metrics.get('loss', 0.0):.4g}, gradient norm {norm:.4g}: training has diverged. "
-            "Nothing was updated; resume from the last checkpoint with a lower optimizer.lr, more optimizer.warmup_steps "
-            "or a smaller optimizer.clip_grad, and look at the rewards and log-probabilities of this step"
+            f"step {self.updates}: loss {metrics.get('loss', 0.0):.4g}, gradient norm {norm:.4g}: training has "
+            "diverged. Nothing was updated; resume from the last checkpoint with a lower optimizer.lr, more "
+            "optimizer.warmup_steps or a smaller optimizer.clip_grad, and look at the rewards and log-probabilities "
+            "of this step"
         )

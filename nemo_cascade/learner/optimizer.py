@@ -67,11 +67,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def reduce_gradients(self) -> float:
-        """Add gradients over ranks; returns the norm before clipping (nan when broken). Nothing of the policy moves yet."""
+        """Add gradients over ranks; returns the norm before clipping (nan when broken). The policy stays as it is."""
         counts = [router.local_tokens_per_expert.clone() for router in routers(self.model)]
         with cuda_as_cpu():
             finalize_model_grads([self.ddp])
-            # Megatron has just moved the expert biases by rate 0 (the model's config) and forgotten what the routers counted.
+            # Megatron moved the expert biases by rate 0 (the model's config) and forgot what the routers counted.
             for router, count in zip(routers(self.model), counts, strict=True):
                 router.local_tokens_per_expert.copy_(count)
             if self.optimizer.prepare_grads():
@@ -79,7 +79,7 @@ class Trainer:
             return float(self.optimizer.get_grad_norm())
 
     def step(self, learning_rate: float, gradient_norm: float) -> None:
-        """Clip to `clip_grad` (0: never), apply AdamW, move the expert biases. Norms and other vectors have no weight decay."""
+        """Clip to `clip_grad` (0: never), apply AdamW, move the expert biases. Vectors (norms) have no weight decay."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self.cfg.weight_decay * group["wd_mult"]

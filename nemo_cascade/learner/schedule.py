@@ -11,9 +11,9 @@ from nemo_cascade.types import UserError
 def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of update `step`, counted from 0.
 
-    Warm-up goes linearly from `warmup_from` (at step 0) to `lr` (at step `warmup_steps`), as in Megatron and NeMo-RL; with
-    `warmup_from` 0 the first step moves nothing. Decay goes from `lr` to `min_lr` at step `schedule_steps` (by default
-    the stage's `num_steps`) and stays there.
+    Warm-up goes linearly from `warmup_from` (at step 0) to `lr` (at step `warmup_steps`), as in Megatron and NeMo-RL;
+    with `warmup_from` 0 the first step moves nothing. Decay goes from `lr` to `min_lr` at step `schedule_steps` (by
+    default the stage's `num_steps`) and stays there.
     """
     if step < cfg.warmup_steps:
         return cfg.warmup_from + (cfg.lr - cfg.warmup_from) * step / cfg.warmup_steps
@@ -30,5 +30,5 @@ def check_schedule(cfg: OptimizerConfig) -> None:
     """Refuse a schedule that would do something else than it says."""
     if cfg.schedule == "constant" and cfg.min_lr is not None and cfg.min_lr != cfg.lr:
         raise UserError(
-            f"optimizer.min_lr: {cfg.min_lr} has no effect with a constant schedule; remove it or choose cosine or linear"
+            f"optimizer.min_lr: {cfg.min_lr} has no effect with schedule constant; remove it or choose cosine or linear"
         )

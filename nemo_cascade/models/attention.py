@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention: causal, grouped queries, no positional embedding, packed rows."""
+"""Core attention on torch's scaled_dot_product_attention: causal, grouped queries, no positions, packed rows."""
 
 from __future__ import annotations
 

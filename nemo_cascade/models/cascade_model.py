@@ -11,31 +11,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cascade.models import cpu  # first: it sets what torch reads at import
-
-import torch  # isort: skip
-from nemo.core.classes import common as nemo_common
+import torch
 from nemo.core.classes import ModelPT
+from nemo.core.classes import common as nemo_common
 from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_cascade.data.packing import pack
-from nemo_cascade.models import convert, nemotron_h
+from nemo_cascade.models import convert, cpu, nemotron_h, parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config
+from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.types import Sequence, UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from nemo_cascade.learner.parallel import ParallelLayout
-
 cpu.install()
 
-# nemo-toolkit 3.0.0 instantiates only classes below the prefixes of nemo/core/classes/common.py:59, which names NVIDIA's
-# packages; any other ModelPT can be saved but not restored. This adds our one module to the list, in the open: the
-# check stays on for everything else, and a .nemo file that names another class of ours is still refused.
+# nemo-toolkit 3.0.0 instantiates only classes below the prefixes of nemo/core/classes/common.py:59, which names
+# NVIDIA's packages; any other ModelPT can be saved but not restored. This adds our one module to the list, in the open:
+# the check stays on for everything else, and a .nemo file that names another class of ours is still refused.
 ALLOWED_PREFIX = "nemo_cascade.models.cascade_model."
 if ALLOWED_PREFIX not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append(ALLOWED_PREFIX)
@@ -51,24 +48,27 @@ def model_config(
     return OmegaConf.create(content)
 
 
+def _plain(node: DictConfig) -> dict[str, Any]:
+    """An OmegaConf mapping as a dict."""
+    content = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
 class CascadeModel(ModelPT):
     """NemotronH on Megatron-core behind NeMo's model interface.
 
-    `cfg.architecture` holds the fields of NemotronHConfig; `cfg.layout`, `cfg.precision` and `cfg.layer_spec` are optional. The
-    state dict, and so a `.nemo` file, holds whole tensors under published names: a file written at one layout
-    restores at any other. Ranks are started with the layout if `learner.parallel.start` has not run yet.
+    `cfg.architecture` holds the fields of NemotronHConfig; `cfg.layout`, `cfg.precision` and `cfg.layer_spec` are
+    optional. The state dict, and so a `.nemo` file, holds whole tensors under published names: a file written at one
+    layout restores at any other. Ranks are started with the layout if `parallel.start` has not run yet.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        from nemo_cascade.learner import parallel
-
         self._published: dict[str, torch.Tensor] | None = None
         if "architecture" not in cfg:
             raise UserError("model config: key architecture is missing; build it with cascade_model.model_config")
-        architecture = OmegaConf.to_container(cfg.architecture, resolve=True)
-        assert isinstance(architecture, dict)
-        self.hf_config = NemotronHConfig.from_mapping(architecture, "model config: architecture")  # type: ignore[arg-type]
-        self.layout = parallel.ParallelLayout(**OmegaConf.to_container(cfg.get("layout", OmegaConf.create({}))))  # type: ignore[arg-type]
+        self.hf_config = NemotronHConfig.from_mapping(_plain(cfg.architecture), "model config: architecture")
+        self.layout = ParallelLayout(**_plain(cfg.get("layout", OmegaConf.create({}))))
         if not parallel.is_started():
             parallel.start(self.layout, seed=int(cfg.get("seed", 1)))
         super().__init__(cfg=cfg, trainer=trainer)

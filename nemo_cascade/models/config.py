@@ -28,7 +28,7 @@ NO_CLAMP = 1.0e-20
 
 @dataclass(frozen=True)
 class NemotronHConfig:
-    """The architecture of one NemotronH model under the names of its Hugging Face config (method: the model's config.json).
+    """The architecture of one NemotronH model under the names of its Hugging Face config.
 
     Widths count channels; `hybrid_override_pattern` has one letter per layer: M Mamba-2, E experts, * attention.
     `time_step_*` shape the random initialisation of dt_bias and never clamp at run time.
@@ -84,7 +84,8 @@ class NemotronHConfig:
                 raise UserError(f"model: {key} {whole} must be a multiple of {part} {divisor}")
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise UserError(
-                f"model: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..n_routed_experts {self.n_routed_experts}"
+                f"model: num_experts_per_tok {self.num_experts_per_tok} must lie in "
+                f"1..n_routed_experts {self.n_routed_experts}"
             )
         self._refuse_unsupported()
 
@@ -240,14 +241,19 @@ class NemotronHConfig:
 
     @classmethod
     def _checked(cls, values: dict[str, Json], source: str) -> NemotronHConfig:
-        """Build after a check of presence and type, so that a wrong value fails with its key and not in a matrix product."""
+        """Build after a check of presence and type: a wrong value fails with its key and not in a matrix product."""
         for field in dataclasses.fields(cls):
             if field.name not in values:
                 if field.default is dataclasses.MISSING:
                     raise UserError(f"{source}: key {field.name} is missing")
                 continue
             value = values[field.name]
-            numbers: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+            numbers: dict[str, tuple[type, ...]] = {
+                "int": (int,),
+                "float": (int, float),
+                "bool": (bool,),
+                "str": (str,),
+            }
             wanted = numbers[str(field.type)]
             if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
                 raise UserError(f"{source}: {field.name} is {value!r}, {field.type} is needed")

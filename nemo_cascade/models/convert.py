@@ -56,14 +56,18 @@ def import_weights(model: NemotronH, config: NemotronHConfig, named: Iterable[tu
     for published, tensor in named:
         for name, part in _canonical(published, tensor):
             if name not in table:
-                raise UserError(f"tensor {published} does not belong to this model; check config.json against the weights")
+                raise UserError(
+                    f"tensor {published} does not belong to this model; check config.json against the weights"
+                )
             _check_shape(name, tuple(part.shape), table[name].shape)
             if name not in missing:
                 raise UserError(f"tensor {name} is given twice")
             missing.discard(name)
             table[name].write(part)
     if missing:
-        raise UserError(f"{len(missing)} tensors are missing, the first is {min(missing)}; the checkpoint is incomplete")
+        raise UserError(
+            f"{len(missing)} tensors are missing, the first is {min(missing)}; the checkpoint is incomplete"
+        )
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -88,7 +92,7 @@ def _canonical(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Ten
 
 
 def load_folder(model: NemotronH, folder: str | Path) -> None:
-    """Fill the policy from a Hugging Face folder. All names and shapes are checked before the first tensor is copied."""
+    """Fill the policy from a Hugging Face folder; names and shapes are checked before the first tensor is copied."""
     folder = Path(folder)
     config = model.hf_config
     headers = read_header(folder)
@@ -104,7 +108,9 @@ def load_folder(model: NemotronH, folder: str | Path) -> None:
                 raise UserError(f"{folder}: {error}") from error
             found.add(name)
     if absent := [name for name in wanted if name not in found]:
-        raise UserError(f"{folder}: {len(absent)} tensors are missing, the first is {absent[0]}; export the checkpoint again")
+        raise UserError(
+            f"{folder}: {len(absent)} tensors are missing, the first is {absent[0]}; export the checkpoint again"
+        )
     import_weights(model, config, _stored({name: header.file for name, header in headers.items()}))
 
 
@@ -112,7 +118,7 @@ def _stored(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of safetensors files, one at a time."""
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in stored.keys():
                 yield name, stored.get_tensor(name)
 
 
@@ -134,7 +140,7 @@ def save_folder(
 ) -> str:
     """Write a Hugging Face folder that transformers, vLLM and TensorRT-LLM load; returns its content sha256.
 
-    Complete or absent: written beside `folder`, synced, renamed over it. Collective with a model that is cut over ranks;
+    Complete or absent: written beside `folder`, synced, renamed over it. Collective where the model is cut over ranks:
     rank 0 writes, the others return "" once their part is read. `tokenizer_from` gives tokenizer, chat template and,
     where it has them, the published modelling files.
     """
@@ -244,5 +250,3 @@ def _replace(aside: Path, folder: Path) -> None:
     finally:
         os.close(handle)
     shutil.rmtree(old, ignore_errors=True)
-
-

@@ -12,12 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-# jit_fuser of megatron/core/jit.py is torch.compile: about 13 s of g++ at run time for nothing on a small model. The
-# switch is read when torch._dynamo is imported, so it is set before torch.
-if "TORCHDYNAMO_DISABLE" not in os.environ:
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
 import torch
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -80,8 +76,12 @@ def install() -> None:
     global _installed
     if _installed or torch.cuda.is_available():
         return
-    # moe/router.py:90,169,178 place weights and buffers on torch.cuda.current_device(); so do tensor_parallel/mappings.py:91
-    # (gathers), distributed/param_and_grad_buffer.py:783 (gradient buffers) and p2p_communication.py:190 (pipeline).
+    # megatron/core/jit.py: jit_fuser is torch.compile, about 13 s of g++ at run time for nothing on a small model.
+    # Calls ask this switch, so it works whatever was imported before; TORCHDYNAMO_DISABLE=0 keeps compiling.
+    torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE", "1") != "0"
+    # moe/router.py:90,169,178 place weights and buffers on torch.cuda.current_device(); so do
+    # tensor_parallel/mappings.py:91 (gathers), distributed/param_and_grad_buffer.py:783 (gradient buffers) and
+    # p2p_communication.py:190 (pipeline).
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
 
     from megatron.core.tensor_parallel import random as mcore_random
@@ -126,8 +126,8 @@ def cuda_as_cpu() -> Iterator[None]:
     """Inside the context megatron's optimizer and schedules run on CPU tensors; nothing happens where CUDA exists.
 
     Needed by optimizer/optimizer.py:473,481,485,671-699,907 and grad_scaler.py:15 (device='cuda', `.type()` names),
-    clip_grads.py:90-174, distrib_optimizer.py:361-433 and pipeline_parallel/schedules.py:596,983,2138. Scope it to those calls:
-    every torch call inside pays for the interception.
+    clip_grads.py:90-174, distrib_optimizer.py:361-433 and pipeline_parallel/schedules.py:596,983,2138. Scope it to
+    those calls: every torch call inside pays for the interception.
     """
     if torch.cuda.is_available():
         yield

@@ -17,7 +17,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where one tensor lies: `begin` and `end` are byte offsets in `file`; dtype is safetensors' name (F32, BF16, ...)."""
+    """Where one tensor lies: byte offsets `begin` and `end` in `file`; dtype is safetensors' name (F32, BF16, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -90,7 +90,7 @@ def read_header(folder: str | Path) -> dict[str, TensorHeader]:
 def content_sha256(folder: str | Path) -> str:
     """The hash that names a checkpoint: over sorted tensor names, dtypes, shapes and bytes.
 
-    Not over files: the same tensors in one file or in ten give the same hash, and so does a copy with another tokenizer.
+    Not over files: the same tensors in one file or in ten give the same hash, whatever tokenizer lies beside them.
     """
     digest = hashlib.sha256()
     headers = read_header(folder)

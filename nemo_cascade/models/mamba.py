@@ -41,9 +41,9 @@ class MixerShape:
 
 
 class Mamba2Mixer(MegatronModule):
-    """in_proj -> [z | x B C | dt]; causal convolution and SiLU on x, B, C; scan; + D x; gated grouped RMSNorm; out_proj.
+    """in_proj -> [z | x B C | dt]; causal convolution and SiLU on x B C; scan; + D x; gated grouped RMSNorm; out_proj.
 
-    Row order of in_proj on a tensor-parallel rank: its own slice of z, x, B, C and dt (method 8.3). A_log, D and dt_bias stay fp32.
+    Row order of in_proj on a tensor-parallel rank: its own slice of z, x, B, C and dt. A_log, D and dt_bias stay fp32.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Mamba2Mixer(MegatronModule):
         inference_context: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix along the sequences of a packed row [T, 1, hidden]; state and convolution start afresh at each boundary."""
+        """Mix along the sequences of a packed row [T, 1, hidden]; all state starts afresh at each boundary."""
         assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
         layout = packed_seq_params.layout
         projected, _ = self.in_proj(hidden_states)

@@ -1,7 +1,7 @@
 """Local experts for Megatron's MoELayer: one matrix product per expert over its contiguous slice of tokens.
 
 Router, dispatch and shared expert are Megatron's (TopKRouter: sigmoid scores, expert bias in the choice only, weights
-normalised and scaled by 2.5, fp32). Its SequentialMLP runs eight small modules per layer; this runs two products per expert.
+normalised and scaled by 2.5, fp32). Its SequentialMLP runs one small module per expert; this runs two products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class _GroupedSquaredReluMLP(torch.autograd.Function):
-    """out_t = p_t * down_e relu(up_e x_t)^2 for tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
+    """y_t = p_t down_e relu(up_e x_t)^2, tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
 
     @staticmethod
     def forward(
@@ -67,7 +67,7 @@ def _slices(counts: list[int]) -> list[tuple[int, slice]]:
 
 
 class LocalExperts(MegatronModule):
-    """The experts of this rank as two stacked weights: up [E, width, hidden], down [E, hidden, width]; squared ReLU, no bias."""
+    """This rank's experts as two stacked weights, up [E, width, hidden] and down [E, hidden, width]; squared ReLU."""
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any
@@ -78,7 +78,9 @@ class LocalExperts(MegatronModule):
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
         for weight, init in ((self.up, config.init_method), (self.down, config.output_layer_init_method)):
             _fill(weight, init, pg_collection.ep.rank(), pg_collection.ep.size())
-            weight.allreduce = pg_collection.ep.size() == 1  # type: ignore[attr-defined]
+            # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
+            # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
+            weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
@@ -95,7 +97,7 @@ class LocalExperts(MegatronModule):
 
 
 def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:
-    """Draw the experts of all ranks in order and keep this rank's: the seed gives the same model at every layout and dtype."""
+    """Draw all ranks' experts in order and keep this rank's: a seed gives the same model at every layout and dtype."""
     local = weight.shape[0]
     with torch.no_grad():
         for expert in range(local * ranks):
@@ -117,10 +119,10 @@ def freeze_routers(model: torch.nn.Module) -> None:
 
 
 def update_expert_bias(model: torch.nn.Module, rate: float) -> None:
-    """Move each router's bias towards experts that got fewer tokens than average, by `rate` (arXiv 2408.15664), and start counting anew.
+    """Move each router's bias by `rate` towards experts that got fewer tokens than average, and count anew.
 
-    Call once per optimizer step on every rank: token counts are summed over tensor- and data-parallel ranks. Rate 0 only
-    resets the counts.
+    arXiv 2408.15664. Call once per optimizer step on every rank: token counts are summed over tensor- and data-parallel
+    ranks. Rate 0 only resets the counts.
     """
     for router in routers(model):
         if rate > 0.0:

@@ -1,7 +1,7 @@
 """Which part of which Megatron parameter holds which Hugging Face tensor.
 
-The names and layouts are those of method 8.3. One table serves both directions: a slot can be read (gathered over ranks) and
-written (each rank takes its slice), so export and import cannot disagree.
+One table serves both directions: a slot can be read (gathered over ranks) and written (each rank takes its slice), so
+export and import cannot disagree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_cascade.models.config import NemotronHConfig
 
 @dataclass(frozen=True)
 class Piece:
-    """A view into a local parameter and how tensor-parallel ranks divide it: `dim` is the cut dimension, None: replicated."""
+    """A view into a local parameter. `dim` is the dimension that tensor-parallel ranks cut, None: replicated."""
 
     view: torch.Tensor
     shape: tuple[int, ...]  # of this rank's part, in Hugging Face layout
@@ -105,7 +105,9 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
             continue
         index, rest = name.removeprefix("backbone.layers.").split(".", 1)
         stage = int(index) // per_stage
-        layer = _LayerView(local, f"decoder.layers.{int(index) - stage * per_stage}.", config) if stage == here else None
+        layer = (
+            _LayerView(local, f"decoder.layers.{int(index) - stage * per_stage}.", config) if stage == here else None
+        )
         kind = config.hybrid_override_pattern[int(index)]
         owner = _expert_owner(rest, config)
         pieces = layer.pieces(kind, rest) if layer else ()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_cascade.models import cpu  # first: it sets what torch reads at import
-
-import torch  # isort: skip
+import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.mamba import MambaModel
@@ -15,6 +13,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
+from nemo_cascade.models import cpu
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.packed import PackedRow, packed_row
 from nemo_cascade.models.precision import transformer_options
@@ -22,7 +21,7 @@ from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
-    from nemo_cascade.learner.parallel import ParallelLayout
+    from nemo_cascade.models.parallel import ParallelLayout
 
 PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
 
@@ -44,8 +43,8 @@ class NemotronH(MambaModel):
     def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, gather: bool = True) -> torch.Tensor:
         """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
 
-        `gather` False keeps this tensor-parallel rank's slice of the vocabulary. Not for pipeline stages: there Megatron's
-        schedules call `forward` with `self.packed_row(cu_seqlens)`.
+        `gather` False keeps this tensor-parallel rank's slice of the vocabulary. Not for pipeline stages: there
+        Megatron's schedules call `forward` with `self.packed_row(cu_seqlens)`.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
@@ -135,15 +134,13 @@ def transformer_config(
 
 
 def _output_init(config: NemotronHConfig) -> Any:
-    """Projections that write to the residual stream start smaller by sqrt(2 layers), so that its variance does not grow with depth."""
+    """Projections into the residual stream start smaller by sqrt(2 layers): its variance does not grow with depth."""
     if not config.rescale_prenorm_residual:
         return init_method_normal(config.initializer_range)
     return scaled_init_method_normal(config.initializer_range, config.num_hidden_layers, 2.0)
 
 
-def build(
-    config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local"
-) -> NemotronH:
+def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local") -> NemotronH:
     """This rank's part of a randomly initialised policy; `learner.parallel.start` must have run with the same layout.
 
     The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
@@ -181,9 +178,11 @@ def _check_layout(config: NemotronHConfig, layout: ParallelLayout) -> None:
             raise UserError(f"hardware.tensor_parallel: {layout.tensor} does not divide the model's {key} {size}")
     if config.n_routed_experts % layout.expert:
         raise UserError(
-            f"hardware.expert_parallel: {layout.expert} does not divide the model's n_routed_experts {config.n_routed_experts}"
+            f"hardware.expert_parallel: {layout.expert} does not divide the model's "
+            f"n_routed_experts {config.n_routed_experts}"
         )
     if config.num_hidden_layers % layout.pipeline:
         raise UserError(
-            f"hardware.pipeline_parallel: {layout.pipeline} does not divide the model's {config.num_hidden_layers} layers"
+            f"hardware.pipeline_parallel: {layout.pipeline} does not divide the model's "
+            f"{config.num_hidden_layers} layers"
         )

@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated, with hand-written gradients: a third of the memory passes that autograd would make on a CPU."""
+"""RMSNorm, plain and gated, with hand-written gradients: a third of the memory passes that autograd makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 
 class _GroupedRMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean_group(x^2) + eps) * w over the last dimension cut into groups; computed in the dtype of x (at least fp32)."""
+    """y = x / sqrt(mean_group(x^2) + eps) * w over the last dimension cut into groups, computed in at least fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -72,10 +72,8 @@ class _SiluGate(torch.autograd.Function):
         return grad * gate, torch.ops.aten.silu_backward(grad * y, z)
 
 
-def gated_rms_norm(
-    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float
-) -> torch.Tensor:
-    """Mamba-2's output norm with the gate before the norm: RMSNorm_group(y * silu(z)) * weight (`norm_before_gate` off).
+def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """Mamba-2's output norm with the gate before the norm: RMSNorm_group(y * silu(z)) * weight.
 
     y, z [..., channels]; the mean square runs over channels / groups channels.
     """

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-MAX_PADDING = 1.5  # padded over real positions of a block; beyond it another block is cheaper
+BLOCK_COST = 64  # padded positions that cost as much time as one more block (some 60 small operations per layer)
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,35 @@ class PackedLayout:
     identity: bool  # one block without padding in row order: nothing to move
 
 
-def plan_blocks(lengths: Sequence[int], multiple: int) -> list[tuple[int, list[int]]]:
+def padded_length(length: int, chunk: int) -> int:
+    """The next length that splits into equal chunks of at most `chunk`, each a multiple of an eighth of it."""
+    step = -(-length // chunk) * max(1, chunk // 8)
+    return -(-length // step) * step
+
+
+def plan_blocks(lengths: Sequence[int], chunk: int) -> list[tuple[int, list[int]]]:
     """Group sequences of similar length: a list of (padded length, sequence indices).
 
-    Longest first; a sequence joins while the block stays within MAX_PADDING, so the padded positions of any batch stay linear
-    in its tokens. Lengths are rounded up to `multiple` (at least a quarter of it for short ones).
+    Longest first; a sequence joins the block above it until the positions so wasted cost more than another block.
+    Padded positions so stay below the rounded lengths plus BLOCK_COST per block: linear in the tokens whatever the
+    mixture.
     """
-
-    def padded(length: int) -> int:
-        step = multiple if length > multiple else max(1, multiple // 4)
-        return -(-length // step) * step
-
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     blocks: list[tuple[int, list[int]]] = []
-    real = 0
+    wasted = 0
     for index in order:
-        length = lengths[index]
-        if blocks:
-            block_length, members = blocks[-1]
-            if padded(length) == block_length or (len(members) + 1) * block_length <= MAX_PADDING * (real + length):
-                members.append(index)
-                real += length
-                continue
-        blocks.append((padded(length), [index]))
-        real = length
+        own = padded_length(lengths[index], chunk)
+        if blocks and wasted + blocks[-1][0] - own <= BLOCK_COST:
+            wasted += blocks[-1][0] - own
+            blocks[-1][1].append(index)
+        else:
+            blocks.append((own, [index]))
+            wasted = 0
     return [(length, sorted(members)) for length, members in blocks]
 
 
-def plan(cu_seqlens: torch.Tensor, multiple: int) -> PackedLayout:
-    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `multiple`: the scan's chunk."""
+def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
+    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's."""
     bounds = [int(value) for value in cu_seqlens.tolist()]
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     if not lengths or bounds[0] != 0 or min(lengths) < 1:
@@ -80,7 +80,7 @@ def plan(cu_seqlens: torch.Tensor, multiple: int) -> PackedLayout:
     pieces: list[torch.Tensor] = []
     blocks: list[Block] = []
     flat = 0
-    for length, members in plan_blocks(lengths, multiple):
+    for length, members in plan_blocks(lengths, chunk):
         chosen = torch.tensor(members, device=device)
         steps = torch.arange(length, device=device)
         source = starts[chosen, None] + torch.minimum(steps[None, :], sizes[chosen, None] - 1)
@@ -105,7 +105,7 @@ class PackedRow(PackedSeqParams):
     layout: PackedLayout | None = field(default=None)
 
 
-def packed_row(cu_seqlens: torch.Tensor, multiple: int) -> PackedRow:
+def packed_row(cu_seqlens: torch.Tensor, chunk: int) -> PackedRow:
     """The record to hand to MambaModel.forward as `packed_seq_params`."""
     longest = int(torch.diff(cu_seqlens).max())
     return PackedRow(
@@ -114,7 +114,7 @@ def packed_row(cu_seqlens: torch.Tensor, multiple: int) -> PackedRow:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=plan(cu_seqlens, multiple),
+        layout=plan(cu_seqlens, chunk),
     )
 
 
@@ -150,9 +150,7 @@ def unpack(row_TC: torch.Tensor, layout: PackedLayout) -> list[torch.Tensor]:
     flat = row_TC if layout.identity else _Unpack.apply(row_TC, layout)
     sizes = [block.sequences * block.length for block in layout.blocks]
     pieces = flat.split(sizes) if len(sizes) > 1 else (flat,)
-    return [
-        piece.view(block.sequences, block.length, -1) for piece, block in zip(pieces, layout.blocks, strict=True)
-    ]
+    return [piece.view(block.sequences, block.length, -1) for piece, block in zip(pieces, layout.blocks, strict=True)]
 
 
 def pack(blocks: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:

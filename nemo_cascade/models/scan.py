@@ -1,8 +1,8 @@
 """The Mamba-2 state-space scan in chunks (state-space duality), in plain PyTorch with its own gradients.
 
-Per head: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T and y_t = C_t h_t. Inside a chunk of Q tokens this is a masked matrix product,
-between chunks the state is carried; the cost is linear in the length. No clamp on dt: transformers' `time_step_min`
-clamp exists in neither Megatron nor the published kernels.
+Per head: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T and y_t = C_t h_t. Inside a chunk of Q tokens this is a masked
+matrix product, between chunks the state is carried; the cost is linear in the length. No clamp on dt: transformers'
+`time_step_min` clamp exists in neither Megatron nor the published kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class _ChunkedScan(torch.autograd.Function):
         S, L, H, P = x.shape
         G, N = B.shape[2:]
         c, K = L // chunk, H // G
-        cum = (dt * A).view(S * c, chunk, H).transpose(1, 2).cumsum(-1)  # [Sc, H, Q], log of the decay since the chunk began
+        cum = (
+            (dt * A).view(S * c, chunk, H).transpose(1, 2).cumsum(-1)
+        )  # [Sc, H, Q], log of the decay since the chunk began
         xd = (x * dt[..., None]).view(S * c, chunk, H, P).transpose(1, 2).contiguous()  # [Sc, H, Q, P]
         Bc = B.reshape(S * c, chunk, G, N).transpose(1, 2).contiguous()  # [Sc, G, Q, N]
         Cc = C.reshape(S * c, chunk, G, N).transpose(1, 2).contiguous()
@@ -90,7 +92,7 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _decay_matrix(cum: torch.Tensor) -> torch.Tensor:
-    """exp(cum_i - cum_j) for i >= j, else 0. Masked before exp: above the diagonal the difference is positive and may overflow."""
+    """exp(cum_i - cum_j) for i >= j, else 0. Masked before exp, which may overflow above the diagonal."""
     length = cum.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=cum.device).triu_(1)
     return (cum[..., :, None] - cum[..., None, :]).masked_fill_(future, -torch.inf).exp_()
@@ -127,13 +129,16 @@ def _carry_back(dread: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 def chunked_scan(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """y of the recurrence from a zero state: x [S, L, H, P], dt [S, L, H] after softplus, A [H] negative, B, C [S, L, G, N].
+    """y of the recurrence from a zero state: x [S, L, H, P], dt [S, L, H] after softplus, A [H] < 0, B, C [S, L, G, N].
 
-    Sequences longer than `chunk` must have a length divisible by it (models/packed.py pads so). Returns [S, L, H, P] without
+    The length must split into equal chunks of at most `chunk` (models/packed.py pads so). Returns [S, L, H, P] without
     the skip term D x. Valid for float32 and float64.
     """
-    chunk = min(chunk, x.shape[1])
-    y: torch.Tensor = _ChunkedScan.apply(x, dt, A, B, C, chunk)
+    length = x.shape[1]
+    chunks = -(-length // chunk)
+    if length % chunks:
+        raise ValueError(f"a length of {length} does not split into {chunks} equal chunks of at most {chunk}")
+    y: torch.Tensor = _ChunkedScan.apply(x, dt, A, B, C, length // chunks)
     return y
 
 

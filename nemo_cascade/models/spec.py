@@ -1,4 +1,4 @@
-"""Layer specs: which modules Megatron's MambaStack builds its layers from. `local` runs anywhere, `te` needs Transformer Engine."""
+"""The modules that Megatron's MambaStack builds its layers from. `local` runs anywhere, `te` on Transformer Engine."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
             ),
             moe_layer=ModuleSpec(
                 module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add
-                ),
+                submodules=TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
             ),
         ),
     )

@@ -171,7 +171,8 @@ class RunRecord:
             self.file.close()
             self.file = None
         if self.writes and self.seconds:
-            self._add_timing()
+            add_timing(self.folder, self.seconds)
+            self.seconds = {}
 
     def _open(self, start: int) -> None:
         self.step_started = time.perf_counter()
@@ -198,12 +199,23 @@ class RunRecord:
             tracker.log(step, scalars)
         self.progress.update(step, seconds, scalars)
 
-    def _add_timing(self) -> None:
-        path = self.folder / TIMING_FILE
-        known = json.loads(path.read_text()) if path.exists() else {}
-        spent = {name: known.get(name, 0.0) + value for name, value in self.seconds.items()}
-        self.seconds = {}
-        write_atomic(path, json.dumps(spent) + "\n")
+
+def add_timing(folder: Path, seconds: Mapping[str, float]) -> None:
+    """Add time spent outside steps to the stage's timing.json."""
+    path = folder / TIMING_FILE
+    known = json.loads(path.read_text()) if path.exists() else {}
+    summed = {name: known.get(name, 0.0) + spent for name, spent in seconds.items()}
+    write_atomic(path, json.dumps(known | summed) + "\n")
+
+
+@contextmanager
+def timed(folder: Path, name: str) -> Iterator[None]:
+    """Time something that a stage does after its loop, such as `evaluation`. For one rank only."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        add_timing(folder, {name: time.perf_counter() - started})
 
 
 def keep_steps_before(path: Path, start: int) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from nemo_cascade.protocols import Sampler
+from nemo_cascade.types import UserError
 
 
 class ChecksummedSampler(Sampler, Protocol):
@@ -42,3 +43,12 @@ def checksum_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named:
         checksum.add(name, tensor)
     return checksum.hexdigest()
+
+
+def expect_equal(sent: str, held: str, version: int) -> None:
+    """Stop when the Sampler holds other weights than the Learner sent: every later log-probability would be wrong."""
+    if sent != held:
+        raise UserError(
+            f"refit of version {version}: the sampler holds {held[:12] or 'nothing'}, the learner sent {sent[:12]}; "
+            "check that no other run writes to this sampler or folder"
+        )

@@ -1,1 +1,3 @@
-"""Graders that several domains share: sandboxed code, math equivalence, instruction checkers, schemas, judges, repositories."""
+"""Graders that several domains share: sandboxed code, math equivalence, instruction checkers, schemas, judges,
+repositories.
+"""

@@ -1,7 +1,8 @@
 """Starts bubblewrap with the fork server inside, and talks to it with deadlines.
 
-Two ways, found by trying: as root without a user namespace, each sandbox then drops to a random uid of its own (the kernel ignores
-process limits for root); as a normal user, or as root of a container without that right, inside a user namespace.
+Two ways, found by trying: as root without a user namespace, each sandbox then drops to a random uid of its own (the
+kernel ignores process limits for root); as a normal user, or as root of a container without that right, inside a
+user namespace.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ NO_USER = -1
 
 
 def _readable_parents(path: Path) -> list[str]:
-    """bubblewrap copies the modes of parents it must create, and /root is closed to the sandbox's uid: create them open."""
+    """bubblewrap copies the modes of parents it must create, and /root is closed to the sandbox's uid: create them
+    open.
+    """
     arguments: list[str] = []
     for parent in reversed(path.parents):
         if parent != Path("/"):
@@ -119,8 +122,8 @@ def launch_mode() -> Mode:
         finally:
             server.kill()
     raise UserError(
-        f"bubblewrap cannot create namespaces here ({'; '.join(complaints)}); set `sysctl kernel.unprivileged_userns_clone=1` on the "
-        "host, or start the container with `--security-opt seccomp=unconfined --cap-add SYS_ADMIN`"
+        f"bubblewrap cannot create namespaces here ({'; '.join(complaints)}); "
+        "set `sysctl kernel.unprivileged_userns_clone=1` on the host, or start the container with `--security-opt seccomp=unconfined --cap-add SYS_ADMIN`"
     )
 
 
@@ -130,7 +133,9 @@ class Server:
     def __init__(self, scratch_mb: int, read_only: Sequence[Path], mode: Mode | None = None) -> None:
         argv = command(mode or launch_mode(), scratch_mb, read_only)
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env={"PATH": os.defpath})
+        self._process = subprocess.Popen(
+            argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env={"PATH": os.defpath}
+        )
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._in, self._out, self._err = self._process.stdin, self._process.stdout, self._process.stderr
         for stream in (self._in, self._out, self._err):

@@ -1,6 +1,8 @@
-"""Is the final answer mathematically equal to the expected one? Exact strings first, math-verify in killable processes after.
+"""Is the final answer mathematically equal to the expected one? Exact strings first, math-verify in killable
+processes after.
 
-The verdict depends on CPU time, never on the wall clock: an answer too expensive to compare is wrong, a machine too busy to answer is Invalid.
+The verdict depends on CPU time, never on the wall clock: an answer too expensive to compare is wrong, a machine too
+busy to answer is Invalid.
 """
 
 from __future__ import annotations
@@ -58,13 +60,19 @@ def _balanced(text: str, brace: int) -> str | None:
 
 
 def normalized(answer: str) -> str:
-    """An answer without the decoration that never changes its meaning: math delimiters, a final full stop, spaces, thousands commas."""
+    """An answer without the decoration that never changes its meaning: math delimiters, a final full stop, spaces,
+    thousands commas.
+    """
     answer = answer.strip()
     for left, right in _DELIMITERS:
         if answer.startswith(left) and answer.endswith(right) and len(answer) >= len(left) + len(right):
             answer = answer[len(left) : -len(right)].strip()
     answer = answer.rstrip(".").replace(r"\!", "").replace(r"\,", "").replace(r"\left", "").replace(r"\right", "")
-    answer = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", answer).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    answer = (
+        re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", answer)
+        .replace(r"\dfrac", r"\frac")
+        .replace(r"\tfrac", r"\frac")
+    )
     return re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", "".join(answer.split()))
 
 
@@ -100,7 +108,9 @@ class _Worker:
         self._buffer = b""
         if self._line(START_SECONDS) != b"ready":
             self.kill()
-            raise UserError("the math-verify worker did not start; run `python -m nemo_cascade.reward.math_worker 1` to see why")
+            raise UserError(
+                "the math-verify worker did not start; run `python -m nemo_cascade.reward.math_worker 1` to see why"
+            )
 
     def ask(self, gold: str, prediction: str, seconds: float) -> bool:
         """TimeoutError after `seconds` of wall time, EOFError when the worker has died."""
@@ -156,7 +166,9 @@ class MathGrader:
         self.close()
 
     def grade(self, expected: str, text: str) -> Scored | Invalid:
-        """Reward 1 when the last `\\boxed{}` of `text` equals `expected`, else 0. `text` is the answer without its reasoning."""
+        """Reward 1 when the last `\\boxed{}` of `text` equals `expected`, else 0. `text` is the answer without its
+        reasoning.
+        """
         answer = extract_boxed(text)
         if answer is None:
             return Scored(0.0, reason="no boxed answer")
@@ -200,7 +212,9 @@ class MathGrader:
 
     def _start(self) -> _Worker:
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError("math answers need math-verify, which is not installed; run `pip install math-verify==0.9.0`")
+            raise UserError(
+                "math answers need math-verify, which is not installed; run `pip install math-verify==0.9.0`"
+            )
         with self._lock:  # one at a time: each start costs a second of CPU
             return _Worker(self._cpu_seconds)
 

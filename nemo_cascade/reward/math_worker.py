@@ -1,7 +1,8 @@
 """One process that decides whether two mathematical answers are equal; started, bounded and killed by `math_equal`.
 
-Reads a JSON line `[gold, prediction]`, answers a JSON line `true` or `false`. Symbolic algebra can run away inside a single C call that no Python signal
-interrupts, so each question gets its own CPU allowance from the kernel: exceeding it ends the process, which the parent reads as "not equal".
+Reads a JSON line `[gold, prediction]`, answers a JSON line `true` or `false`. Symbolic algebra can run away inside a
+single C call that no Python signal interrupts, so each question gets its own CPU allowance from the kernel:
+exceeding it ends the process, which the parent reads as "not equal".
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _parse(answer: str) -> tuple[object, ...]:
 
 
 def equal(gold: str, prediction: str) -> bool:
-    """math-verify's verdict; the order of its arguments matters (a gold set accepts fewer predictions than the reverse)."""
+    """math-verify's verdict; the order of its arguments matters (a gold set accepts fewer predictions than the
+    reverse).
+    """
     from math_verify import verify
 
     parsed = _parse(prediction)

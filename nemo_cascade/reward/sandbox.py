@@ -1,17 +1,18 @@
 """Untrusted code runs here and nowhere else: a bubblewrap sandbox per submission, with a small fork server inside.
 
-Why a fork server: starting an interpreter costs more than starting a sandbox, so one sandbox serves all tests of one submission and each
-test costs a fork. Why one sandbox per submission: two submissions never meet, so none can kill, read or imitate another.
+Why a fork server: starting an interpreter costs more than starting a sandbox, so one sandbox serves all tests of one
+submission and each test costs a fork. Why one sandbox per submission: two submissions never meet, so none can kill,
+read or imitate another.
 
-Covered: no network; only /usr and the interpreter are visible, read-only (no /etc, no home, no host files, no /proc for programs);
-empty environment; a uid of its own, no capabilities, no new privileges; limits on CPU time, address space per process, number of
-processes, file size, scratch space and output; a wall clock. What decides a reward is CPU time and memory, which a busy machine does not change;
-the wall clock only guards against hangs, and its status `wall_time` means "no verdict": callers return Invalid and may try again.
-Expected outputs and values never enter the sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged
-result line can pass a test.
+Covered: no network; only /usr and the interpreter are visible, read-only (no /etc, no home, no host files, no /proc
+for programs); empty environment; a uid of its own, no capabilities, no new privileges; limits on CPU time, address
+space per process, number of processes, file size, scratch space and output; a wall clock. What decides a reward is
+CPU time and memory, which a busy machine does not change; the wall clock only guards against hangs, and its status
+`wall_time` means "no verdict": callers return Invalid and may try again. Expected outputs and values never enter the
+sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged result line can pass a test.
 
-Not covered: holes in the kernel itself (no system-call filter), side channels, the sum of memory over the allowed processes
-(address space is bounded per process), load on the machine within the limits.
+Not covered: holes in the kernel itself (no system-call filter), side channels, the sum of memory over the allowed
+processes (address space is bounded per process), load on the machine within the limits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import json
 import os
 import stat
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,7 +105,11 @@ class Session:
         """Put files into the work folder, replacing what is there."""
         fields = [b"write"]
         for path, content in files.items():
-            file = content if isinstance(content, File) else File(content.encode() if isinstance(content, str) else content)
+            file = (
+                content
+                if isinstance(content, File)
+                else File(content.encode() if isinstance(content, str) else content)
+            )
             fields += [os.fsencode(checked_path(path)), oct(file.mode)[2:].encode(), file.content]
         self._server.ask(fields, START_SECONDS)
 
@@ -150,7 +154,9 @@ class Session:
 
 
 class Sandbox:
-    """Runs untrusted code; safe to share between threads. `spare` sandboxes wait started, to hide their start-up time."""
+    """Runs untrusted code; safe to share between threads. `spare` sandboxes wait started, to hide their start-up
+    time.
+    """
 
     def __init__(self, spare: int = 2, scratch_mb: int = 256, read_only: Sequence[Path] = ()) -> None:
         self._spare, self._scratch_mb, self._read_only = spare, scratch_mb, tuple(read_only)
@@ -182,8 +188,8 @@ class Sandbox:
     def _take(self) -> bubblewrap.Server:
         """A started sandbox, and orders a replacement.
 
-        All sandboxes are started by one long-lived thread: the kernel ends a `--die-with-parent` process with the thread that
-        started it, not with the process.
+        All sandboxes are started by one long-lived thread: the kernel ends a `--die-with-parent` process with the
+        thread that started it, not with the process.
         """
         with self._lock:
             if self._launcher is None:
@@ -197,7 +203,9 @@ class Sandbox:
             server.wait_ready(START_SECONDS)
         except (EOFError, TimeoutError) as error:
             server.kill()
-            raise UserError(f"the sandbox did not start: {server.complaint() or error}; run `nemo-cascade check`") from error
+            raise UserError(
+                f"the sandbox did not start: {server.complaint() or error}; run `nemo-cascade check`"
+            ) from error
         return server
 
     @contextmanager
@@ -232,8 +240,9 @@ class Sandbox:
     ) -> list[RunResult]:
         """Run a Python program on each standard input, in order, each time in a new process with an empty folder.
 
-        Ends early when `stop(index, result)` says so (the first failing test decides a binary reward) or on `wall_time`, so
-        the list may be shorter than `stdins`. Standard library only; string hashing is fixed, so set order is too.
+        Ends early when `stop(index, result)` says so (the first failing test decides a binary reward) or on
+        `wall_time`, so the list may be shorter than `stdins`. Standard library only; string hashing is fixed, so set
+        order is too.
         """
         results: list[RunResult] = []
         for result, _ in self._each(b"source", source, [([], stdin) for stdin in stdins], limits):
@@ -252,8 +261,9 @@ class Sandbox:
     ) -> list[CallResult]:
         """Call `function` (or `Class.method`) of `source` on each argument list, each time in a new process.
 
-        Values come back as JSON and the caller compares them with expected values the sandbox has never seen. Sets come back sorted, other
-        iterables as lists. A program that exits, prints or writes to the result channel by itself has to know the right value all the same.
+        Values come back as JSON and the caller compares them with expected values the sandbox has never seen. Sets
+        come back sorted, other iterables as lists. A program that exits, prints or writes to the result channel by
+        itself has to know the right value all the same.
         """
         results: list[CallResult] = []
         payloads = [([function.encode(), json.dumps(list(values)).encode()], "") for values in arguments]
@@ -281,7 +291,9 @@ class Sandbox:
     def run_in_repo(
         self, repo: Path, commands: Sequence[Sequence[str]], limits: Limits = DEFAULT_LIMITS
     ) -> list[RunResult]:
-        """Copy a folder into a sandbox and run commands in it, one after the other; the folder itself stays as it is."""
+        """Copy a folder into a sandbox and run commands in it, one after the other; the folder itself stays as it
+        is.
+        """
         with self.session(read_tree(repo)) as session:
             return [session.run(command, "", limits) for command in commands]
 

@@ -68,8 +68,13 @@ class Collector:
     """Turns tasks into scored groups. One per process; `close` ends its threads."""
 
     def __init__(
-        self, domains: Mapping[str, Domain], sampler: Sampler, chat: ChatTokenizer,
-        sampling: SamplingConfig, filters: FiltersConfig | None = None, reward_workers: int = 4,
+        self,
+        domains: Mapping[str, Domain],
+        sampler: Sampler,
+        chat: ChatTokenizer,
+        sampling: SamplingConfig,
+        filters: FiltersConfig | None = None,
+        reward_workers: int = 4,
     ) -> None:
         self.domains = domains
         self.sampler = sampler

@@ -1,9 +1,9 @@
 """A stage that trains one number per domain: small enough for a test, real enough to be killed, resumed and evaluated.
 
-Started as `python -m standin_stage FOLDER` in place of nemo_cascade.launch. The policy is `skill`: domain -> float. A step moves
-the trained domains up by `optimizer.lr` and all others down by a tenth of it; mopd moves halfway to the teacher's skill. A task
-is solved when its difficulty lies below the skill. STANDIN_KILL=`stage:step` kills the process with SIGKILL at that step,
-STANDIN_FAIL=`stage` raises, STANDIN_PACE is the time of a step in seconds.
+Started as `python -m standin_stage FOLDER` in place of nemo_cascade.launch. The policy is `skill`: domain -> float. A
+step moves the trained domains up by `optimizer.lr` and all others down by a tenth of it; mopd moves halfway to the
+teacher's skill. A task is solved when its difficulty lies below the skill. STANDIN_KILL=`stage:step` kills the process
+with SIGKILL at that step, STANDIN_FAIL=`stage` raises, STANDIN_PACE is the time of a step in seconds.
 """
 
 from __future__ import annotations
@@ -56,13 +56,23 @@ def difficulty(task: str) -> float:
 def evaluate(run: StageRun, skill: Skill, path: Path) -> None:
     rows = []
     for domain in run.config.evaluation.domains:
-        sets = (("select", "thinking", run.config.evaluation.select), ("report", "thinking", run.config.evaluation.report))
+        sets = (
+            ("select", "thinking", run.config.evaluation.select),
+            ("report", "thinking", run.config.evaluation.report),
+        )
         for split, mode, count in (*sets, ("report", "instruct", run.config.evaluation.other_mode)):
             for index in range(count):
                 task = f"{domain}-{split}-{index}"
                 handicap = 0.2 if mode == "instruct" else 0.0
                 score = float(difficulty(task) < skill[domain] - handicap)
-                row = {"domain": domain, "split": split, "mode": mode, "task_id": task, "score": score, "valid": index != 5}
+                row = {
+                    "domain": domain,
+                    "split": split,
+                    "mode": mode,
+                    "task_id": task,
+                    "score": score,
+                    "valid": index != 5,
+                }
                 rows.append(json.dumps(row))
     write_atomic(path, "".join(f"{row}\n" for row in rows))
 
@@ -98,7 +108,9 @@ def run_stage(folder: StageFolder) -> None:
     if run.init_folder is None:
         evaluate(run, start, folder.evaluation("init"))
     seconds = time.monotonic() - started
-    folder.finish(StageResult(run.stage, run.kind, run.key, "hf", folder_sha256(folder.hf), run.config.num_steps, seconds))
+    folder.finish(
+        StageResult(run.stage, run.kind, run.key, "hf", folder_sha256(folder.hf), run.config.num_steps, seconds)
+    )
 
 
 if __name__ == "__main__":

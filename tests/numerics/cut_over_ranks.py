@@ -1,16 +1,21 @@
-"""Run by test_layouts.py, once per rank: load a folder at several layouts and compare logits and exports with one rank's."""
+"""Run by test_layouts.py, once per rank: load a folder at several layouts and compare with what one rank computes."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import torch
+
 from nemo_cascade.learner import parallel
 from nemo_cascade.models import convert, hf_folder, nemotron_h
 
-import torch  # isort: skip
-
-LAYOUTS = (parallel.ParallelLayout(tensor=2), parallel.ParallelLayout(expert=2), parallel.ParallelLayout(tensor=2, expert=2))
+LAYOUTS = (
+    parallel.ParallelLayout(tensor=2),
+    parallel.ParallelLayout(expert=2),
+    parallel.ParallelLayout(tensor=2, expert=2),
+    parallel.ParallelLayout(pipeline=2),
+)
 
 
 def main(folder: Path) -> None:
@@ -22,10 +27,10 @@ def main(folder: Path) -> None:
         rank = torch.distributed.get_rank()
         model = nemotron_h.build(config, layout)
         convert.load_folder(model, folder / "hf")
-        # with expert parallelism alone the two ranks are two replicas with rows of different length
-        tokens, bounds, logits = expected[rank if layout.tensor == 1 else 0]
-        ours = model.packed_logits(tokens, bounds)
-        torch.testing.assert_close(ours, logits, atol=2e-4, rtol=0)
+        if layout.pipeline == 1:  # a pipeline stage runs only inside Megatron's schedules
+            # with expert parallelism alone the two ranks are two replicas with rows of different length
+            tokens, bounds, logits = expected[rank if layout.tensor == 1 else 0]
+            torch.testing.assert_close(model.packed_logits(tokens, bounds), logits, atol=2e-4, rtol=0)
         sha256 = convert.save_folder(model, config, folder / f"again-{number}")
         if rank == 0 and sha256 != hf_folder.content_sha256(folder / "hf"):
             raise AssertionError(f"{layout}: the export differs from what was loaded")

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
-
-import torch  # isort: skip
 
 
 def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
@@ -31,7 +31,10 @@ def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, str(script), str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                [sys.executable, str(script), str(tmp_path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
     try:

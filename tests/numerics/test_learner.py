@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
+from nemo_cascade.learner import megatron, parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -20,19 +20,12 @@ import torch  # isort: skip
 from nemo_cascade.algorithms.kept import Distribution
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
 from nemo_cascade.config.schema import DistillConfig, HardwareConfig, LossConfig, OptimizerConfig
-from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.types import Sequence, UserError
+from tests.numerics import learner_worker
+from tests.numerics.learner_worker import TINY
 
-LAYOUTS = [  # name, ranks, tokens of a micro-batch, what is cut
-    ("one", 1, 4096, "data"), ("two", 2, 4096, "data"), ("micro", 1, 32, "data"), ("experts", 2, 64, "expert_parallel"),
-    ("tensor", 2, 4096, "tensor_parallel"),
-]  # fmt: skip
+LAYOUTS = ("two:4096:data", "experts:64:expert_parallel", "tensor:4096:tensor_parallel")  # two ranks each
 WORKER = Path(__file__).with_name("learner_worker.py")
-TINY = NemotronHConfig(
-    vocab_size=64, hidden_size=32, hybrid_override_pattern="M*E", num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, n_routed_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, chunk_size=16,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,38 +61,45 @@ def flat(learner: MegatronLearner) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same five steps from the same weights in several layouts, each rank in its own process, all at once."""
+    """The same five steps from the same weights in several layouts; the two-rank ones in two processes of their own."""
     base = tmp_path_factory.mktemp("ranks")
     build(seed=3).export(str(base / "start"))
-    folders, processes = {}, []
-    for name, world, tokens, layout in LAYOUTS:
-        folders[name] = base / name
-        folders[name].mkdir()
-        for rank in range(world):
-            environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-            arguments = [str(base / f"{name}.rdv"), str(folders[name]), str(tokens), layout]
-            command = [sys.executable, "-W", "ignore", str(WORKER), *arguments]
-            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    folders = {name: base / name for name in ("one", "micro", "two", "experts", "tensor")}
+    for folder in folders.values():
+        folder.mkdir()
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-W", "ignore", str(WORKER), str(base), *LAYOUTS]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    learner_worker.train(folders["one"], 4096, HardwareConfig())
+    learner_worker.train(folders["micro"], 32, HardwareConfig())
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-2000:]
     return folders
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "grpo", "grpo_groups"])
-@pytest.mark.parametrize("other", ["two", "micro", "experts", "tensor"])
+CASES = [
+    (other, algorithm)
+    for other in ("micro", "two", "experts", "tensor")
+    for algorithm in ("sft", "grpo", "grpo_groups")
+]
+
+
+@pytest.mark.parametrize(("other", "algorithm"), [*CASES, ("micro", "bias"), ("two", "bias")])
 def test_ranks_and_micro_batches_change_nothing(runs: dict[str, Path], other: str, algorithm: str):
     one = json.loads((runs["one"] / "results-0.json").read_text())[algorithm]
     else_ = json.loads((runs[other] / "results-0.json").read_text())[algorithm]
-    timing = {"tokens_per_second", "micro_batches"}
     for expected, found in zip(one["steps"], else_["steps"], strict=True):
         for key, value in expected.items():
-            if key not in timing and not key.startswith("seconds"):
-                assert found[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
+            if key not in ("tokens_per_second", "micro_batches") and not key.startswith("seconds"):
+                assert found[key] == pytest.approx(value, rel=2e-6, abs=1e-6), key
     for expected, found in zip(one["scores"], else_["scores"], strict=True):
-        assert found == pytest.approx(expected, abs=1e-4)
+        assert found == pytest.approx(expected, abs=1e-5)
     weights = torch.load(runs["one"] / f"{algorithm}-0.pt")
-    torch.testing.assert_close(torch.load(runs[other] / f"{algorithm}-0.pt"), weights, rtol=0.0, atol=1e-6)
+    close = 1e-6 if other in ("micro", "two") else 5e-6  # cut matrix products round differently
+    torch.testing.assert_close(torch.load(runs[other] / f"{algorithm}-0.pt"), weights, rtol=0.0, atol=close)
 
 
 def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[str, Path]):
@@ -107,7 +107,9 @@ def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[st
     for algorithm in first:
         assert torch.equal(torch.load(runs["two"] / f"{algorithm}-0.pt"), torch.load(runs["two"] / f"{algorithm}-1.pt"))
         for mine, other in zip(first[algorithm]["steps"], second[algorithm]["steps"], strict=True):
-            assert [mine[key] for key in ("loss", "grad_norm", "tokens")] == [other[key] for key in ("loss", "grad_norm", "tokens")]
+            assert [mine[key] for key in ("loss", "grad_norm", "tokens")] == [
+                other[key] for key in ("loss", "grad_norm", "tokens")
+            ]
 
 
 def test_resume_is_bit_exact(tmp_path: Path):
@@ -121,7 +123,9 @@ def test_resume_is_bit_exact(tmp_path: Path):
     assert torch.equal(flat(resumed), flat(through))
     for step in range(2, 5):
         first, second = (learner.update(sequences(seed=step), objective) for learner in (through, resumed))
-        assert [first[key] for key in ("loss", "grad_norm", "lr")] == [second[key] for key in ("loss", "grad_norm", "lr")]
+        assert [first[key] for key in ("loss", "grad_norm", "lr")] == [
+            second[key] for key in ("loss", "grad_norm", "lr")
+        ]
     assert torch.equal(flat(resumed), flat(through))
     assert resumed.updates == 5
 
@@ -250,7 +254,10 @@ def test_divergence_stops_before_the_weights_are_touched():
 
 
 def test_clipping_bounds_the_step():
-    free, clipped = build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0)), build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.01))
+    free, clipped = (
+        build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0)),
+        build(optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.01)),
+    )
     norms = [learner.update(sequences(), cross_entropy("token"))["grad_norm"] for learner in (free, clipped)]
     assert norms[0] == norms[1] > 0.1
     grads = [parameter.main_grad.norm() ** 2 for parameter in clipped.model.parameters()]
@@ -279,3 +286,25 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     other = MegatronLearner(dataclasses.replace(TINY, vocab_size=128), LearnerSettings(OptimizerConfig(lr=1e-3), 1))
     with pytest.raises(UserError, match="another model"):
         other.load(str(tmp_path / "step_1"))
+
+
+def test_bf16_follows_fp32_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The precision needs a GPU to be worth anything, but Megatron's mixed-precision optimizer also runs here.
+    monkeypatch.setattr(megatron, "check_hardware", lambda hardware: None)
+    half = HardwareConfig(precision="bf16")
+    cfg = OptimizerConfig(lr=1e-2, clip_grad=0.5, expert_bias_rate=1e-2)
+    single, mixed, resumed = (
+        build(optimizer=cfg),
+        build(optimizer=cfg, hardware=half),
+        build(9, optimizer=cfg, hardware=half),
+    )
+    objective = cross_entropy("token")
+    for step in range(4):
+        losses = [learner.update(sequences(seed=step % 2), objective)["loss"] for learner in (single, mixed)]
+        assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    mixed.save(str(tmp_path / "step_4"), 4)
+    resumed.load(str(tmp_path / "step_4"))
+    for step in range(2):
+        first, second = (learner.update(sequences(seed=step), objective) for learner in (mixed, resumed))
+        assert (first["loss"], first["grad_norm"]) == (second["loss"], second["grad_norm"])
+    assert next(mixed.model.parameters()).dtype == torch.bfloat16

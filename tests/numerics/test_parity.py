@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
+
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
-
-import torch  # isort: skip
 
 LENGTHS = [1, 31, 32, 33, 100, 2, 65, 7]
 
@@ -42,7 +43,7 @@ def test_log_probabilities_and_gradients_agree_with_transformers(
     ours = model.packed_logits(tokens, bounds).log_softmax(-1)
     (ours * weights).mean().backward()
     theirs = torch.cat(
-        [oracle(tokens[begin:end][None]).logits[0].log_softmax(-1) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        [oracle(tokens[begin:end][None]).logits[0].log_softmax(-1) for begin, end in itertools.pairwise(bounds)]
     )
     (theirs * weights).mean().backward()
     assert theirs.std() > 0.5
@@ -97,14 +98,20 @@ def naive_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tens
     return torch.stack(outputs, 1)
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 32])
+@pytest.mark.parametrize("length", [1, 7, 8, 10, 12, 32])
 def test_scan_agrees_with_the_float64_recurrence_in_values_and_gradients(length: int) -> None:
     generator = torch.Generator().manual_seed(length)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    inputs = [draw(3, length, 4, 5), draw(3, length, 4).exp(), -draw(4).exp(), draw(3, length, 2, 6), draw(3, length, 2, 6)]
+    inputs = [
+        draw(3, length, 4, 5),
+        draw(3, length, 4).exp(),
+        -draw(4).exp(),
+        draw(3, length, 2, 6),
+        draw(3, length, 2, 6),
+    ]
     weight = draw(3, length, 4, 5)
     results = []
     for function in (lambda *args: chunked_scan(*args, 8), naive_scan):
@@ -135,7 +142,9 @@ def test_convolution_agrees_with_torch(length: int) -> None:
     bias = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
     ours = causal_conv_silu(x, weight, bias)
     padded = torch.nn.functional.pad(x.transpose(1, 2), (3, 0))
-    reference = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=6)).transpose(1, 2)
+    reference = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=6)).transpose(
+        1, 2
+    )
     assert (ours - reference).abs().max() < 1e-13
     assert torch.autograd.gradcheck(causal_conv_silu, (x, weight, bias))
 

@@ -1,7 +1,9 @@
-"""Did the answer follow its instructions? The 25 checks of IFEval and those of the IFBench training list, under their public ids.
+"""Did the answer follow its instructions? The 25 checks of IFEval and those of the IFBench training list, under
+their public ids.
 
-Offline and deterministic: words and sentences by regular expression, no download, no language model but py3langid for one id. An id or argument
-that is not understood raises `Unsupported`; it never counts as followed (a checker that passes what it does not know is a reward leak).
+Offline and deterministic: words and sentences by regular expression, no download, no language model but py3langid
+for one id. An id or argument that is not understood raises `Unsupported`; it never counts as followed (a checker
+that passes what it does not know is a reward leak).
 """
 
 from __future__ import annotations
@@ -41,10 +43,14 @@ def check(instruction_id: str, kwargs: Mapping[str, Json] | None, prompt: str, t
 
 
 def require_supported(instruction_ids: Sequence[str]) -> None:
-    """Unsupported, naming the id, unless all of them have a checker: for use when rows are read, not when they are scored."""
+    """Unsupported, naming the id, unless all of them have a checker: for use when rows are read, not when they are
+    scored.
+    """
     for instruction_id in instruction_ids:
         if instruction_id not in CHECKS:
-            raise Unsupported(f"instruction id {instruction_id!r} has no checker; drop the row or add one to reward/instructions")
+            raise Unsupported(
+                f"instruction id {instruction_id!r} has no checker; drop the row or add one to reward/instructions"
+            )
 
 
 def grade(

@@ -31,7 +31,9 @@ def copy(arguments: Arguments, prompt: str, text: str) -> bool:
 def copying_multiple(arguments: Arguments, prompt: str, text: str) -> bool:
     """The request N times, between six asterisks."""
     parts = text.split(_SEPARATOR)
-    return len(parts) == integer(arguments, "N") and all(_same(part, string(arguments, "prompt_to_repeat")) for part in parts)
+    return len(parts) == integer(arguments, "N") and all(
+        _same(part, string(arguments, "prompt_to_repeat")) for part in parts
+    )
 
 
 def copy_span_idx(arguments: Arguments, prompt: str, text: str) -> bool:

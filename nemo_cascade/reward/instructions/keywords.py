@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
-from nemo_cascade.reward.instructions.text import Arguments, compares, divided_paragraphs, integer, sentences, string, strings, words
+from nemo_cascade.reward.instructions.text import (
+    Arguments,
+    compares,
+    divided_paragraphs,
+    integer,
+    sentences,
+    string,
+    strings,
+    words,
+)
 
 
 def occurrences(keyword: str, text: str) -> int:
@@ -30,7 +40,9 @@ def forbidden_words(arguments: Arguments, prompt: str, text: str) -> bool:
 
 def letter_frequency(arguments: Arguments, prompt: str, text: str) -> bool:
     """A letter appears at least, or less than, so many times, upper and lower case alike."""
-    return compares(text.lower().count(string(arguments, "letter").strip().lower()), arguments, "let_frequency", "let_relation")
+    return compares(
+        text.lower().count(string(arguments, "letter").strip().lower()), arguments, "let_frequency", "let_relation"
+    )
 
 
 def word_once(arguments: Arguments, prompt: str, text: str) -> bool:
@@ -46,7 +58,7 @@ def exclude_word_harder(arguments: Arguments, prompt: str, text: str) -> bool:
 def no_adjacent_consecutive(arguments: Arguments, prompt: str, text: str) -> bool:
     """No word starts with the letter that follows the previous word's first letter in the alphabet."""
     firsts = [word[0].lower() for word in text.split()]
-    return bool(firsts) and all(ord(right) - ord(left) != 1 for left, right in zip(firsts, firsts[1:], strict=False))
+    return bool(firsts) and all(ord(right) - ord(left) != 1 for left, right in itertools.pairwise(firsts))
 
 
 def palindrome(arguments: Arguments, prompt: str, text: str) -> bool:
@@ -70,7 +82,9 @@ def start_end(arguments: Arguments, prompt: str, text: str) -> bool:
 
 def count_increment_word(arguments: Arguments, prompt: str, text: str) -> bool:
     """The first keyword once, the second twice."""
-    return occurrences(string(arguments, "keyword1"), text) == 1 and occurrences(string(arguments, "keyword2"), text) == 2
+    return (
+        occurrences(string(arguments, "keyword1"), text) == 1 and occurrences(string(arguments, "keyword2"), text) == 2
+    )
 
 
 def lowercase_counting(arguments: Arguments, prompt: str, text: str) -> bool:

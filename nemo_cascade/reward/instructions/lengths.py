@@ -40,7 +40,11 @@ def nth_paragraph_first_word(arguments: Arguments, prompt: str, text: str) -> bo
     paragraphs = text.split("\n\n")
     index = integer(arguments, "nth_paragraph")
     full = sum(bool(paragraph.strip()) for paragraph in paragraphs)
-    if full != integer(arguments, "num_paragraphs") or not 0 < index <= len(paragraphs) or not paragraphs[index - 1].strip():
+    if (
+        full != integer(arguments, "num_paragraphs")
+        or not 0 < index <= len(paragraphs)
+        or not paragraphs[index - 1].strip()
+    ):
         return False
     first = paragraphs[index - 1].split()[0].lstrip(_QUOTES)
     match = _FIRST_WORD.match(first)

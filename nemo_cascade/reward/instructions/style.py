@@ -53,7 +53,9 @@ def punctuation_exclamation(arguments: Arguments, prompt: str, text: str) -> boo
 @functools.cache
 def _identifier() -> object:
     if importlib.util.find_spec("py3langid") is None:
-        raise Unsupported("language:response_language needs py3langid, which is not installed; run `pip install py3langid`")
+        raise Unsupported(
+            "language:response_language needs py3langid, which is not installed; run `pip install py3langid`"
+        )
     import py3langid
 
     return py3langid

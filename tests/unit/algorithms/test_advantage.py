@@ -46,7 +46,9 @@ def test_all_equal_rewards_teach_exactly_nothing(scale: str, baseline: str):
 
 def test_invalid_leaves_mean_and_std_and_gets_nothing():
     cfg = AdvantageConfig(eps=0.0)
-    advantages = group_relative([group(Scored(1.0), Invalid("judge down"), Scored(0.0)), group(Invalid("x"), Scored(1.0))], cfg)
+    advantages = group_relative(
+        [group(Scored(1.0), Invalid("judge down"), Scored(0.0)), group(Invalid("x"), Scored(1.0))], cfg
+    )
     assert advantages == [[1.0, None, -1.0], [None, 0.0]]
 
 

@@ -54,7 +54,9 @@ def test_gradient_is_that_of_the_formula(cut: dict[str, float]):
     mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     (kept_logprobs(mine, targets, **cut) * weights).sum().backward()
     scaled = plain / cut.get("temperature", 1.0)
-    keep = keep_mask(scaled.detach(), int(cut.get("top_k", 0)), cut.get("top_p", 1.0)).scatter(1, targets[:, None], True)
+    keep = keep_mask(scaled.detach(), int(cut.get("top_k", 0)), cut.get("top_p", 1.0)).scatter(
+        1, targets[:, None], True
+    )
     log_softmax = torch.log_softmax(scaled.masked_fill(~keep, -torch.inf), -1)
     (log_softmax.gather(1, targets[:, None])[:, 0] * weights).sum().backward()
     torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-12, atol=1e-14)

@@ -15,7 +15,7 @@ def exact(logits: torch.Tensor) -> torch.Tensor:
 
 
 def expected(kind: str, logits: torch.Tensor) -> torch.Tensor:
-    """The estimator's expectation over the policy's own tokens; the weights are the fixed probabilities of drawing them."""
+    """The estimator's expectation over the policy's own tokens, drawn with fixed probabilities."""
     policy = torch.log_softmax(logits, -1)
     return (policy.detach().exp() * kl.estimate(kind, policy, REFERENCE)).sum()
 

@@ -131,9 +131,7 @@ def test_kl_without_reference_is_an_error():
 
 
 def with_teacher(rows: SequenceOf[tuple[float, ...]]) -> list[Sequence]:
-    return [
-        dataclasses.replace(sequence, teacher_logprobs=row) for sequence, row in zip(SEQUENCES, rows, strict=True)
-    ]
+    return [dataclasses.replace(sequence, teacher_logprobs=row) for sequence, row in zip(SEQUENCES, rows, strict=True)]
 
 
 TEACHER = [(0.0, -0.5, -2.0), (0.0, -1.5), (0.0, -0.1, -0.2, -0.6), (0.0, 0.0)]

@@ -20,7 +20,9 @@ THINK_END = TOKENIZER.encode_text("x") and TOKENIZER._tokenizer.token_to_id("\n<
 
 
 def config(**data: object) -> SftConfig:
-    return SftConfig(kind="sft", init="random", num_steps=2, tokens_per_step=600, max_sequence_tokens=80, data=DataConfig(**data))
+    return SftConfig(
+        kind="sft", init="random", num_steps=2, tokens_per_step=600, max_sequence_tokens=80, data=DataConfig(**data)
+    )
 
 
 def test_a_step_is_full_and_repeatable() -> None:
@@ -53,12 +55,32 @@ def test_thinking_share() -> None:
 
 
 def test_corpus_and_full_loss() -> None:
-    stream = conversation_stream(config(domains={"math": 1.0}, corpus_share=0.5, full_loss=True), DOMAINS, TOKENIZER, seed=3)
+    stream = conversation_stream(
+        config(domains={"math": 1.0}, corpus_share=0.5, full_loss=True), DOMAINS, TOKENIZER, seed=3
+    )
     sequences = [sequence for step in range(6) for sequence in stream.take(step)]
     assert all(set(sequence.loss_mask) == {1} for sequence in sequences)
     documents = [sequence for sequence in sequences if sequence.token_ids[0] == 1]
     assert 0.4 < len(documents) / len(sequences) < 0.6
     assert all(sequence.token_ids[-1] == 2 for sequence in documents)
+
+
+def test_verdicts_for_the_judge() -> None:
+    preference = {"preference": domains.load("preference")}
+    cfg = config(judge_share=1.0)
+    cfg.max_sequence_tokens = 160
+    for sequence in conversation_stream(cfg, preference, TOKENIZER, seed=3).take(0):
+        verdict = "".join(
+            TOKENIZER.decode([token])
+            for token, trained in zip(sequence.token_ids, sequence.loss_mask, strict=True)
+            if trained
+        )
+        verdict = verdict.removesuffix("<|im_end|>").removeprefix("</think>\n")
+        assert set(json.loads(verdict)) == {"score_1", "score_2", "ranking"}
+    with pytest.raises(UserError, match="the domain preference, which is not loaded"):
+        conversation_stream(cfg, {}, TOKENIZER, 1)
+    with pytest.raises(UserError, match="at most 1 together"):
+        conversation_stream(config(corpus_share=0.6, judge_share=0.6), preference, TOKENIZER, 1)
 
 
 def test_long_sequences_are_dropped_and_counted() -> None:
@@ -74,7 +96,12 @@ def test_long_sequences_are_dropped_and_counted() -> None:
 
 def rows(path: Path, count: int) -> str:
     lines = [
-        {"messages": [{"role": "user", "content": f"{i}+1=?"}, {"role": "assistant", "content": f"<think>\nso {i}\n</think>\n{i + 1}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}+1=?"},
+                {"role": "assistant", "content": f"<think>\nso {i}\n</think>\n{i + 1}"},
+            ]
+        }
         for i in range(count)
     ]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
@@ -113,7 +140,9 @@ def test_a_released_row_becomes_prompt_and_answers() -> None:
     assert [message.role for message in task.messages] == ["system", "user", "assistant", "user"]
     assert task.messages[2] == Message("assistant", "b", "old")
     assert answers == (
-        Message("assistant", "", "look", (ToolCall("ls", {"path": "."}),)), Message("tool", "x.py"), Message("assistant", "done"),
+        Message("assistant", "", "look", (ToolCall("ls", {"path": "."}),)),
+        Message("tool", "x.py"),
+        Message("assistant", "done"),
     )
     ids, mask = TOKENIZER.encode_conversation(task, answers)
     assert "old" not in TOKENIZER.decode(ids)

@@ -25,10 +25,12 @@ def test_every_sequence_once_and_no_bin_over_the_limit():
 
 
 def test_fields_move_to_the_position_that_predicts_them():
-    batch = to_batch([
-        Sequence((5, 6, 7), (1, 0, 1), (9.0, 0.0, 2.0), (9.0, -1.0, -2.0), group=4),
-        Sequence((8, 9), (0, 1), (0.0, 3.0), (0.0, -3.0), group=7),
-    ])
+    batch = to_batch(
+        [
+            Sequence((5, 6, 7), (1, 0, 1), (9.0, 0.0, 2.0), (9.0, -1.0, -2.0), group=4),
+            Sequence((8, 9), (0, 1), (0.0, 3.0), (0.0, -3.0), group=7),
+        ]
+    )
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9]
     assert batch.targets_T.tolist() == [6, 7, 0, 9, 0]
     assert batch.loss_mask_T.tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]  # the mask of the very first token is lost

@@ -88,7 +88,10 @@ def test_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     limit = PromptLimit(lambda task: task.messages[0].content.split(), 13)
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        json.dumps({"question": "short", "answer": "#### 1"}) + "\n" + json.dumps({"question": "long " * 30, "answer": "#### 2"}) + "\n"
+        json.dumps({"question": "short", "answer": "#### 1"})
+        + "\n"
+        + json.dumps({"question": "long " * 30, "answer": "#### 2"})
+        + "\n"
     )
     source = FileTasks(MATH, [str(path)], limit)
     assert [task.truth["expected_answer"] for task in source.tasks] == ["1"]

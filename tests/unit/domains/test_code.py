@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.domains import Services
-from nemo_cascade.domains.code import Code, extract_code
+from nemo_cascade.domains.code import Code, apply_rule, extract_code
 from nemo_cascade.reward.sandbox import Limits
 from nemo_cascade.types import Invalid, Message, Transcript, UserError
 
@@ -42,15 +42,15 @@ def test_every_case(domain):
 
 
 def test_flawless_and_flawed_demonstrations(domain):
-    tasks = domain.tasks("train", 25, seed=3)
+    tasks = domain.tasks("train", 10, seed=3)
     assert all(domain.score(t, Transcript(domain.demonstrate(t, 1))).reward == 1.0 for t in tasks)
     assert not any(domain.score(t, Transcript(domain.demonstrate(t, 1, 1.0))).reward for t in tasks)
 
 
 def test_the_examples_leave_one_rule(domain):
-    rules = [f"{sign}{k}" for sign in "+-*" for k in range(1, 30)]
+    rules = [f"{sign}{k}" for sign in "+-*" for k in range(1, 30) if (sign, k) != ("*", 1)]
     for task in domain.tasks("report", 200, seed=0):
-        fits = [r for r in rules if all(eval(f"{x}{r}") == y for x, y in task.truth["examples"]) and r != "*1"]
+        fits = [rule for rule in rules if all(apply_rule(rule, x) == y for x, y in task.truth["examples"])]
         assert fits == [task.truth["rule"]]
 
 
@@ -72,7 +72,10 @@ def test_endless_programs_fail_by_cpu_time_and_hung_ones_are_invalid(services):
 
 def test_fn_name_rows_compare_values(domain):
     tests = {"fn_name": "Solution.add", "inputs": ["1\n2", "3\n4"], "outputs": ["3", "7"]}
-    row = {"verifier_metadata": {"unit_tests": tests}, "responses_create_params": {"input": [{"role": "user", "content": "Add."}]}}
+    row = {
+        "verifier_metadata": {"unit_tests": tests},
+        "responses_create_params": {"input": [{"role": "user", "content": "Add."}]},
+    }
     task = domain.parse_row(row, "rows:1")
     assert domain.score(task, answer("class Solution:\n    def add(self, a, b): return a + b")).reward == 1.0
     assert domain.score(task, answer("class Solution:\n    def add(self, a, b): return 3")).reward == 0.0

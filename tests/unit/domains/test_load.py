@@ -11,7 +11,7 @@ import pytest
 from nemo_cascade import domains
 from nemo_cascade.types import Message, Scored, Transcript, UserError
 
-OWN = '''
+OWN = """
 from nemo_cascade.domains import SingleTurn, make_task
 from nemo_cascade.types import Scored
 
@@ -25,7 +25,7 @@ class Echo(SingleTurn):
 
     def score(self, task, transcript):
         return Scored(float(transcript.final.content == task.messages[-1].content))
-'''
+"""
 
 
 def test_a_domain_of_your_own_from_a_file(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from nemo_cascade import domains
 from nemo_cascade.data.nano_words import FACTS
+from nemo_cascade.reward.judge import Judge
 from nemo_cascade.types import Invalid, Message, Scored, Transcript, UserError
 
 NAMES = ("instruction_following", "mcqa", "math", "structured_output", "long_context")
@@ -53,7 +56,10 @@ def test_structured_output_asks_for_two_keys_in_its_order() -> None:
 
 
 def test_long_context_grows_with_its_options() -> None:
-    short, long = domains.load("long_context", options={"keys": 2, "filler": 0}), domains.load("long_context", options={"keys": 8, "filler": 9})
+    short, long = (
+        domains.load("long_context", options={"keys": 2, "filler": 0}),
+        domains.load("long_context", options={"keys": 8, "filler": 9}),
+    )
     for domain, sentences in ((short, 3), (long, 18)):
         for task in domain.tasks("train", 20, 1):
             text = task.messages[0].content
@@ -101,19 +107,42 @@ def test_reasoning_alone_earns_nothing() -> None:
     assert outcome == Scored(0.0, reason="empty answer")
 
 
-def test_long_context_rows_use_the_judge() -> None:
-    class Judge:
-        def grade(self, question: str, expected: str, answer: str) -> Scored | Invalid:
-            return Scored(float(expected in answer), reason="judged") if answer != "down" else Invalid("judge is down")
+class Verdicts(BaseHTTPRequestHandler):
+    """A judge that finds an answer correct when the expected words stand in it."""
 
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        candidate = body["messages"][0]["content"].rpartition("Candidate answer:")[2]
+        verdict = "CORRECT" if "darwin" in candidate else "INCORRECT"
+        answer = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def test_long_context_rows_are_judged_where_there_is_a_judge() -> None:
     row = {"prompt": "Who?", "question": "Who?", "expected_answer": "darwin"}
     plain = domains.load("long_context")
     task = plain.parse_row(row, "f:1")
     for text, reward in (("Darwin.", 1.0), ("\\boxed{Darwin}", 1.0), ("Charles Darwin", 0.0)):
         assert plain.score(task, Transcript((Message("assistant", text),))).reward == reward
-    judged = domains.load("long_context", domains.Services(equivalence_judge=Judge()))
-    assert judged.score(task, Transcript((Message("assistant", "charles darwin"),))).reward == 1.0
-    assert judged.score(task, Transcript((Message("assistant", "down"),))) == Invalid("judge is down")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Verdicts)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with Judge(f"http://127.0.0.1:{server.server_port}", "judge", timeout_s=10) as judge:
+            judged = domains.load("long_context", domains.Services(equivalence_judge=judge))
+            for text, reward in (("charles darwin", 1.0), ("newton", 0.0)):
+                assert judged.score(task, Transcript((Message("assistant", text),))).reward == reward
+    finally:
+        server.shutdown()
+        server.server_close()
+    with Judge(f"http://127.0.0.1:{server.server_port}", "judge", timeout_s=0.5, retries=0) as judge:
+        down = domains.load("long_context", domains.Services(equivalence_judge=judge))
+        assert isinstance(down.score(task, Transcript((Message("assistant", "x"),))), Invalid)
 
 
 @pytest.mark.parametrize("name", ["math", "instruction_following", "structured_output", "long_context"])
@@ -121,7 +150,10 @@ def test_released_rows_have_no_demonstration(name: str) -> None:
     rows = {
         "math": {"prompt": "x", "expected_answer": "3"},
         "instruction_following": {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"]},
-        "structured_output": {"prompt": "x", "schema_str": '{"type": "object", "properties": {"a": {"type": "string"}}}'},
+        "structured_output": {
+            "prompt": "x",
+            "schema_str": '{"type": "object", "properties": {"a": {"type": "string"}}}',
+        },
         "long_context": {"prompt": "x", "expected_answer": "3"},
     }
     domain = domains.load(name)

@@ -12,6 +12,7 @@ import pytest
 from nemo_cascade import domains
 from nemo_cascade.data.rows import read_jsonl
 from nemo_cascade.domains import Services
+from nemo_cascade.reward.math_equal import MathGrader
 from nemo_cascade.types import Json, Message, Scored, Task, ToolCall, Transcript, UserError
 
 FILES = {
@@ -33,7 +34,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def services() -> Iterator[Services]:
-    shared = Services()
+    shared = Services(math=MathGrader(cpu_seconds=60, wall_seconds=300))
     yield shared
     shared.close()
 
@@ -58,26 +59,24 @@ def test_rows_load_as_they_are(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["instruction_following", "mcqa", "math_with_judge"])
 def test_verdicts_are_those_recorded(folder: Path, services: Services, name: str) -> None:
     domain = domains.load(FILES[name], services)
-    for where, row in rows(folder / "gym" / f"{name}.example_rollouts.jsonl"):
-        given = row.get("options") or row.get("kwargs") or row.get("question")
-        if name == "mcqa" and given is None:  # the recorded answers lack their options; the rows beside them have them
-            row = {**beside(folder, name, row), "expected_answer": row["expected_answer"]}
-            row["response"] = original(folder, name, where)["response"]
-        outcome = domain.score(domain.parse_row(row, where), Transcript((answer(row),)))
-        recorded = row.get("library_reward", original(folder, name, where)["reward"])
+    for where, rollout in rows(folder / "gym" / f"{name}.example_rollouts.jsonl"):
+        row = (
+            rollout
+            if name != "mcqa"
+            else {**beside(folder, name, rollout), "expected_answer": rollout["expected_answer"]}
+        )
+        outcome = domain.score(domain.parse_row(row, where), Transcript((answer(rollout),)))
+        recorded = rollout.get("library_reward", rollout["reward"])
         assert isinstance(outcome, Scored)
         assert outcome.reward == recorded, f"{where}: {outcome.reason}"
 
 
-def original(folder: Path, name: str, where: str) -> dict[str, Json]:
-    return dict(rows(folder / "gym" / f"{name}.example_rollouts.jsonl"))[where]
-
-
 def beside(folder: Path, name: str, row: dict[str, Json]) -> dict[str, Json]:
-    """The released row with the same prompt."""
+    """The released row with the same prompt: recorded multiple-choice answers lack the options."""
     prompt = row["responses_create_params"]["input"][0]["content"]
     return next(
-        other for _, other in rows(folder / "gym" / f"{name}.example.jsonl")
+        other
+        for _, other in rows(folder / "gym" / f"{name}.example.jsonl")
         if other["responses_create_params"]["input"][0]["content"] == prompt
     )
 
@@ -104,10 +103,19 @@ def test_a_structured_row_wants_its_tool(folder: Path) -> None:
     task = domain.parse_row(row, where)
     assert len(task.tools) == 16
     value = {key: None for key in json.loads(row["schema_str"])["properties"]}
-    for arguments, reward in (({"extraction": value}, 0.0), ({"extraction": _filled(json.loads(row["schema_str"]))}, 1.0), (value, 0.0)):
+    for arguments, reward in (
+        ({"extraction": value}, 0.0),
+        ({"extraction": _filled(json.loads(row["schema_str"]))}, 1.0),
+        (value, 0.0),
+    ):
         call = Message("assistant", "", "", (ToolCall(row["tool_name"], arguments),))
         assert domain.score(task, Transcript((call,))).reward == reward
-    assert domain.score(task, Transcript((Message("assistant", json.dumps(_filled(json.loads(row["schema_str"])))),))).reward == 0.0
+    assert (
+        domain.score(
+            task, Transcript((Message("assistant", json.dumps(_filled(json.loads(row["schema_str"])))),))
+        ).reward
+        == 0.0
+    )
 
 
 def _filled(schema: dict[str, Json]) -> Json:
@@ -123,9 +131,21 @@ def _filled(schema: dict[str, Json]) -> Json:
     [
         ("instruction_following", {"prompt": "x"}, "f:3: field 'instruction_id_list' is missing"),
         ("instruction_following", {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, ""),
-        ("instruction_following", {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]}, "one entry per id"),
-        ("instruction_following", {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "grading_mode": "soft"}, "'grading_mode' is 'soft'"),
-        ("instruction_following", {"prompt": "x", "instruction_id_list": ["no:such"]}, "'instruction_id_list': instruction id 'no:such'"),
+        (
+            "instruction_following",
+            {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]},
+            "one entry per id",
+        ),
+        (
+            "instruction_following",
+            {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "grading_mode": "soft"},
+            "'grading_mode' is 'soft'",
+        ),
+        (
+            "instruction_following",
+            {"prompt": "x", "instruction_id_list": ["no:such"]},
+            "'instruction_id_list': instruction id 'no:such'",
+        ),
         ("mcqa", {"prompt": "x", "options": "A"}, "field 'options' is text but not JSON"),
         ("mcqa", {"prompt": "x", "options": [{"A": "1"}], "expected_answer": "C"}, "is 'C'; the options are A"),
         ("structured_output", {"prompt": "x"}, "field 'schema_str' is missing"),
@@ -145,6 +165,10 @@ def test_broken_rows_name_the_field(name: str, row: dict[str, Json], message: st
 
 def test_nulls_in_kwargs_are_dropped_and_text_is_read() -> None:
     domain = domains.load("instruction_following")
-    row = {"prompt": "x", "instruction_id_list": ["punctuation:no_comma", "b"], "kwargs": '[{"n": 3, "m": null}, "{\\"k\\": 1}"]'}
+    row = {
+        "prompt": "x",
+        "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+        "kwargs": '[{"n": 3, "m": null}, "{\\"k\\": 1}"]',
+    }
     task: Task = domain.parse_row(row, "f:1")
     assert task.truth["kwargs"] == [{"n": 3}, {"k": 1}]

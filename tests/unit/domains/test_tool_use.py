@@ -124,8 +124,12 @@ def test_workplace_refuses_what_the_server_refuses():
     assert answer("email_delete_email", email_id="99999999") == "Email not found."
     assert answer("email_send_email", recipient="nobody", subject="a", body="b") == "Invalid recipient email address."
     assert answer("calendar_create_event", event_name="x").endswith("not provided.")
-    assert answer("calendar_update_event", event_id="00000013", field="color", new_value="red").startswith("Invalid field")
-    assert answer("analytics_create_plot", time_min="a", time_max="b", value_to_plot="c", plot_type="bar").startswith("Value")
+    assert answer("calendar_update_event", event_id="00000013", field="color", new_value="red").startswith(
+        "Invalid field"
+    )
+    assert answer("analytics_create_plot", time_min="a", time_max="b", value_to_plot="c", plot_type="bar").startswith(
+        "Value"
+    )
     assert answer("customer_relationship_manager_search_customers").startswith("No search parameters")
     assert answer("project_management_delete_task", number="1").startswith("Error executing tool")
     assert answer("email_search_emails", query="kofi", page_size="many").startswith("Error executing tool")

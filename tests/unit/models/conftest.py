@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
 from nemo_cascade.learner import parallel
 from nemo_cascade.models import nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.moe import routers
-
-import torch  # isort: skip
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
 from nemo_cascade.learner.parallel import ParallelLayout
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import UserError
-
-import torch  # isort: skip
 
 pytest.importorskip("nemo.core.classes")
 
@@ -35,6 +35,7 @@ def test_nemo_file_round_trip_and_forward(
 
 def test_the_allow_list_grows_by_exactly_one_module() -> None:
     from nemo.core.classes import common
+
     from nemo_cascade.models.cascade_model import ALLOWED_PREFIX
 
     ours = [prefix for prefix in common.ALLOWED_TARGET_PREFIXES if "cascade" in prefix]
@@ -47,10 +48,13 @@ def test_the_allow_list_grows_by_exactly_one_module() -> None:
 
 def test_lightning_trains_it(config: NemotronHConfig, layout: ParallelLayout, tmp_path: Path) -> None:
     from lightning.pytorch import Trainer
-    from nemo_cascade.models.cascade_model import CascadeModel, model_config
     from omegaconf import OmegaConf
 
-    rows = [{"token_ids": [(7 * t + s) % 50 for t in range(20 + s)], "loss_mask": [0] + [1] * (19 + s)} for s in range(8)]
+    from nemo_cascade.models.cascade_model import CascadeModel, model_config
+
+    rows = [
+        {"token_ids": [(7 * t + s) % 50 for t in range(20 + s)], "loss_mask": [0] + [1] * (19 + s)} for s in range(8)
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     torch.manual_seed(0)
@@ -70,8 +74,9 @@ def test_lightning_trains_it(config: NemotronHConfig, layout: ParallelLayout, tm
 
 
 def test_user_errors(config: NemotronHConfig, tmp_path: Path) -> None:
-    from nemo_cascade.models.cascade_model import CascadeModel, _loader
     from omegaconf import OmegaConf
+
+    from nemo_cascade.models.cascade_model import CascadeModel, _loader
 
     with pytest.raises(UserError, match="key architecture is missing"):
         CascadeModel(OmegaConf.create({"precision": "fp32"}))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.types import UserError
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
 from nemo_cascade.models import convert, hf_folder, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import UserError
-
-import torch  # isort: skip
-from safetensors.torch import load_file, save_file
 
 
 def exported(model: NemotronH, config: NemotronHConfig) -> dict[str, torch.Tensor]:
@@ -33,7 +33,11 @@ def test_export_hands_out_copies(model: NemotronH, config: NemotronHConfig) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    assert all((after - before[name]).abs().max() > 0.5 for name, after in exported(model, config).items() if "correction" not in name)
+    assert all(
+        (after - before[name]).abs().max() > 0.5
+        for name, after in exported(model, config).items()
+        if "correction" not in name
+    )
 
 
 @pytest.mark.parametrize("style", ["published", "transformers"])
@@ -41,11 +45,15 @@ def test_import_of_export_is_bit_equal(model: NemotronH, config: NemotronHConfig
     tensors = exported(model, config)
     named = dict(tensors)
     if style == "transformers":
-        named = {name.replace("backbone.", "model."): tensor for name, tensor in tensors.items() if ".experts." not in name}
+        named = {
+            name.replace("backbone.", "model."): tensor for name, tensor in tensors.items() if ".experts." not in name
+        }
         for layer in config.layers("E"):
             for which in ("up_proj", "down_proj"):
                 stem = f"layers.{layer}.mixer.experts"
-                parts = [tensors[f"backbone.{stem}.{expert}.{which}.weight"] for expert in range(config.n_routed_experts)]
+                parts = [
+                    tensors[f"backbone.{stem}.{expert}.{which}.weight"] for expert in range(config.n_routed_experts)
+                ]
                 named[f"model.{stem}.{which}"] = torch.stack(parts)
     target = other_model(config)
     convert.import_weights(target, config, reversed(named.items()))
@@ -75,7 +83,9 @@ def test_the_hash_sees_one_changed_value(model: NemotronH, config: NemotronHConf
 
 def test_bf16_export_keeps_routing_and_decay_in_fp32(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
     convert.save_folder(model, config, tmp_path, dtype_policy="bf16")
-    kept = {name.split("mixer.")[-1] for name, header in hf_folder.read_header(tmp_path).items() if header.dtype == "F32"}
+    kept = {
+        name.split("mixer.")[-1] for name, header in hf_folder.read_header(tmp_path).items() if header.dtype == "F32"
+    }
     assert kept == {"gate.weight", "gate.e_score_correction_bias", "A_log", "D", "dt_bias"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     convert.load_folder(model, tmp_path)
@@ -84,7 +94,13 @@ def test_bf16_export_keeps_routing_and_decay_in_fp32(model: NemotronH, config: N
 def test_tokenizer_files_travel(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
     source = tmp_path / "tokenizer"
     source.mkdir()
-    for name in ("tokenizer.json", "modeling_nemotron_h.py", "configuration_nemotron_h.py", "nano_reasoning_parser.py", "x.bin"):
+    for name in (
+        "tokenizer.json",
+        "modeling_nemotron_h.py",
+        "configuration_nemotron_h.py",
+        "nano_reasoning_parser.py",
+        "x.bin",
+    ):
         (source / name).write_text(name)
     convert.save_folder(model, config, tmp_path / "hf", tokenizer_from=source)
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "tokenizer.json"

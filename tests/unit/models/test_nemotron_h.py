@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+
 from nemo_cascade.learner.parallel import ParallelLayout
 from nemo_cascade.models import convert, cpu, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
@@ -10,8 +12,6 @@ from nemo_cascade.models.moe import freeze_routers, routers, update_expert_bias
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.norms import RMSNorm, gated_rms_norm
 from nemo_cascade.types import UserError
-
-import torch  # isort: skip
 
 
 def row(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,8 +137,12 @@ def test_bf16_keeps_per_head_parameters_and_bias_in_fp32(config: NemotronHConfig
     assert kept == {"A_log", "D", "dt_bias"}
     tokens, bounds = row([40, 50])
     with torch.no_grad():
-        gap = model.packed_logits(tokens, bounds).log_softmax(-1) - reference.packed_logits(tokens, bounds).log_softmax(-1)
-    assert 0 < gap.abs().mean() < 0.005  # logits have a spread of 0.2; the largest gap is that of a token whose experts differ
+        gap = model.packed_logits(tokens, bounds).log_softmax(-1) - reference.packed_logits(tokens, bounds).log_softmax(
+            -1
+        )
+    assert (
+        0 < gap.abs().mean() < 0.005
+    )  # logits have a spread of 0.2; the largest gap is that of a token whose experts differ
 
 
 @pytest.mark.parametrize(

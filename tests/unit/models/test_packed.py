@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from nemo_cascade.models.packed import MAX_PADDING, pack, plan, plan_blocks, unpack
+import torch
 
-import torch  # isort: skip
+from nemo_cascade.models.packed import BLOCK_COST, pack, padded_length, plan, plan_blocks, unpack
 
 
 def bounds(lengths: list[int]) -> torch.Tensor:
@@ -15,7 +15,7 @@ def test_blocks_hold_every_token_once_and_their_gradients() -> None:
     layout = plan(bounds(lengths), 32)
     row = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
     blocks = unpack(row, layout)
-    assert sorted(block.shape[1] for block in blocks)[-1] == 96
+    assert [block.shape[:2] for block in blocks] == [(2, 72), (3, 32), (1, 4)]
     assert torch.equal(pack(blocks, layout), row)
     weight = torch.randn_like(row)
     (pack([block * 2.0 for block in blocks], layout) * weight).sum().backward()
@@ -25,7 +25,7 @@ def test_blocks_hold_every_token_once_and_their_gradients() -> None:
 def test_a_block_is_right_padded_in_row_order() -> None:
     row = torch.arange(1.0, 13.0)[:, None]
     (block,) = unpack(row, plan(bounds([4, 3, 5]), 8))
-    assert block[..., 0].tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7], [8, 9, 10, 11, 12, 12]]
+    assert block[..., 0].tolist() == [[1, 2, 3, 4, 4], [5, 6, 7, 7, 7], [8, 9, 10, 11, 12]]
 
 
 def test_padding_stays_bounded_for_any_mixture_of_lengths() -> None:
@@ -34,8 +34,21 @@ def test_padding_stays_bounded_for_any_mixture_of_lengths() -> None:
     blocks = plan_blocks(lengths, 32)
     padded = sum(length * len(members) for length, members in blocks)
     assert sorted(index for _, members in blocks for index in members) == list(range(300))
-    assert padded <= 1.05 * MAX_PADDING * sum(lengths)  # 5 %: lengths are rounded up to whole chunks
-    assert len(blocks) <= 8
+    rounded = sum(padded_length(length, 32) for length in lengths)
+    assert padded <= rounded + BLOCK_COST * len(blocks)
+    assert padded < 1.15 * sum(lengths)
+    assert len(blocks) < 40
+
+
+def test_padded_lengths_split_into_equal_chunks() -> None:
+    for length in range(1, 300):
+        padded = padded_length(length, 32)
+        assert 0 <= padded - length < 4 * -(-length // 32)
+        assert padded % -(-padded // 32) == 0
+
+
+def test_a_few_sequences_share_a_block_where_padding_is_cheaper() -> None:
+    assert plan_blocks([60, 20, 16, 50], 32) == [(64, [0, 1, 3]), (16, [2])]
 
 
 def test_equal_full_lengths_move_nothing() -> None:

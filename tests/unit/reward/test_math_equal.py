@@ -80,7 +80,9 @@ def test_towers_are_refused_before_any_algebra(answer: str) -> None:
     assert outcome.reward == 0.0
 
 
-@pytest.mark.parametrize("answer", ["x^2+y^2", "2^{10}", "(x+1)^2(x-1)^3", "10!", r"\frac{x^2}{y^3}", "e^{x}+e^{-x}", r"\sqrt[3]{2}^2"])
+@pytest.mark.parametrize(
+    "answer", ["x^2+y^2", "2^{10}", "(x+1)^2(x-1)^3", "10!", r"\frac{x^2}{y^3}", "e^{x}+e^{-x}", r"\sqrt[3]{2}^2"]
+)
 def test_ordinary_powers_are_compared(answer: str) -> None:
     assert not is_runaway(answer)
 
@@ -135,5 +137,9 @@ def test_recorded_rewards() -> None:
         pytest.skip("NEMO_CASCADE_DATA is not set")
     rows = [json.loads(line) for line in (Path(folder) / "gym/math_with_judge.example_rollouts.jsonl").open()]
     with MathGrader(workers=1, cpu_seconds=10.0) as grader:
-        outcomes = [grader.grade(row["expected_answer"], row["response"]["output"][-1]["content"][0]["text"]) for row in rows]
-    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [row["library_reward"] for row in rows]
+        outcomes = [
+            grader.grade(row["expected_answer"], row["response"]["output"][-1]["content"][0]["text"]) for row in rows
+        ]
+    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [
+        row["library_reward"] for row in rows
+    ]

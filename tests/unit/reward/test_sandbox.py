@@ -21,6 +21,69 @@ from nemo_cascade.types import UserError
 FAST = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256, output_bytes=4096)
 
 
+FORK_BOMB = """import os, time
+made = 0
+try:
+    while made < 500:
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        made += 1
+except OSError:
+    print(made)
+"""
+ORPHAN = """import os, time
+if input() == 'first':
+    if os.fork() == 0:
+        time.sleep(0.5)
+        open('/tmp/late', 'w')
+        os._exit(0)
+else:
+    time.sleep(1)
+    print(os.path.exists('/tmp/late'))
+"""
+BACK_TO_ROOT = """import os
+for change in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.setgroups([0])):
+    try:
+        change()
+        print('escaped')
+    except PermissionError:
+        print('refused')
+"""
+FORGE_EVERYWHERE = """import os
+written = []
+for fd in range(4, 256):
+    try:
+        os.write(fd, b'forged')
+        written.append(fd)
+    except OSError:
+        pass
+print(written)
+"""
+TRACE = """import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.ptrace(16, os.getppid(), 0, 0), ctypes.get_errno(), os.path.exists('/proc'))
+"""
+METHOD = """class Solution:
+    def total(self, xs):
+        print('noise')
+        return {'sum': sum(xs), 'set': {3, 1, 2}}
+"""
+ALWAYS_EQUAL = """class Always(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+def f(): return Always(7)
+"""
+AS_A_USER = f"""from nemo_cascade.reward import bubblewrap
+from nemo_cascade.reward.sandbox import Limits, Sandbox
+with Sandbox(spare=0) as sandbox:
+    print(bubblewrap.launch_mode())
+    print(sandbox.run_programs('print(int(input()) + 1)', ['4'])[0].stdout.strip())
+    print(sandbox.run_programs({FORK_BOMB!r}, [''], Limits(processes=12))[0].stdout.strip())
+    print(sandbox.run_programs({TRACE!r}, [''])[0].stdout.strip())
+"""
+
+
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(spare=1) as opened:
@@ -41,7 +104,9 @@ def test_each_test_gets_its_own_process_and_folder(sandbox: Sandbox) -> None:
 
 
 def test_a_failing_test_can_end_the_submission(sandbox: Sandbox) -> None:
-    results = sandbox.run_programs("print(input())", list("abcd"), FAST, stop=lambda index, result: result.stdout == "b\n")
+    results = sandbox.run_programs(
+        "print(input())", list("abcd"), FAST, stop=lambda index, result: result.stdout == "b\n"
+    )
     assert [result.stdout for result in results] == ["a\n", "b\n"]
 
 
@@ -98,22 +163,13 @@ def test_submissions_do_not_meet(sandbox: Sandbox) -> None:
 
 
 def test_fork_bomb_is_bounded(sandbox: Sandbox) -> None:
-    source = (
-        "import os, time\nmade = 0\ntry:\n    while made < 500:\n        if os.fork() == 0:\n            time.sleep(30)\n            os._exit(0)\n"
-        "        made += 1\nexcept OSError:\n    print(made)"
-    )
-    status, stdout, _ = run(sandbox, source, Limits(processes=12, wall_seconds=10.0))
+    status, stdout, _ = run(sandbox, FORK_BOMB, Limits(processes=12, wall_seconds=10.0))
     assert status == "ok"
     assert 9 <= int(stdout) <= 14
 
 
 def test_orphans_end_with_their_test(sandbox: Sandbox) -> None:
-    source = (
-        "import os, time\n"
-        "if input() == 'first':\n    if os.fork() == 0:\n        time.sleep(0.5)\n        open('/tmp/late', 'w')\n        os._exit(0)\n"
-        "else:\n    time.sleep(1)\n    print(os.path.exists('/tmp/late'))"
-    )
-    assert sandbox.run_programs(source, ["first", "second"], FAST)[1].stdout == "False\n"
+    assert sandbox.run_programs(ORPHAN, ["first", "second"], FAST)[1].stdout == "False\n"
 
 
 def test_memory_bomb(sandbox: Sandbox) -> None:
@@ -124,7 +180,7 @@ def test_memory_bomb(sandbox: Sandbox) -> None:
 def test_infinite_loop_hits_the_cpu_limit(sandbox: Sandbox) -> None:
     (result,) = sandbox.run_programs("while True: pass", [""], FAST)
     assert result.status == "cpu_time"
-    assert 0.9 < result.cpu_seconds < 1.6
+    assert 1.0 <= result.cpu_seconds < 1.3
 
 
 def test_ignoring_the_cpu_signal_does_not_help(sandbox: Sandbox) -> None:
@@ -174,32 +230,19 @@ def test_killing_the_server_fails_that_test_only(sandbox: Sandbox, attack: str) 
 
 
 def test_the_server_cannot_be_traced_or_written_to(sandbox: Sandbox) -> None:
-    source = (
-        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "print(libc.ptrace(16, os.getppid(), 0, 0), ctypes.get_errno(), os.path.exists('/proc'))"
-    )
-    assert run(sandbox, source)[1] == "-1 1 False\n"
+    assert run(sandbox, TRACE)[1] == "-1 1 False\n"
 
 
 def test_no_capabilities_and_no_way_back_to_root(sandbox: Sandbox) -> None:
-    source = (
-        "import os\nfor change in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.sethostname('x') if hasattr(os, 'sethostname') else os.chroot('/')):\n"
-        "    try:\n        change()\n        print('escaped')\n    except PermissionError:\n        print('refused')"
-    )
-    assert run(sandbox, source)[1] == "refused\nrefused\nrefused\n"
+    assert run(sandbox, BACK_TO_ROOT)[1] == "refused\nrefused\nrefused\n"
 
 
 def test_descriptors_of_the_server_are_closed(sandbox: Sandbox) -> None:
-    source = (
-        "import os\nwritten = []\nfor fd in range(4, 256):\n    try:\n        os.write(fd, b'forged')\n        written.append(fd)\n"
-        "    except OSError:\n        pass\nprint(written)"
-    )
-    assert run(sandbox, source)[1] == "[]\n"
+    assert run(sandbox, FORGE_EVERYWHERE)[1] == "[]\n"
 
 
 def test_functions_return_values(sandbox: Sandbox) -> None:
-    source = "class Solution:\n    def total(self, xs):\n        print('noise')\n        return {'sum': sum(xs), 'set': {3, 1, 2}}"
-    (result,) = sandbox.call_function(source, "Solution.total", [[[1, 2, 3]]], FAST)
+    (result,) = sandbox.call_function(METHOD, "Solution.total", [[[1, 2, 3]]], FAST)
     assert (result.status, result.value) == ("ok", {"sum": 6, "set": [1, 2, 3]})
     errors = sandbox.call_function("def f(x): return 10 // x", "f", [[0], [5]], FAST)
     assert (errors[0].status, errors[0].error) == ("nonzero", "ZeroDivisionError: integer division or modulo by zero")
@@ -209,7 +252,12 @@ def test_functions_return_values(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["import os; os._exit(0)", "import sys; sys.exit(0)", "print(42)", "import os; os.write(3, b'not json'); os._exit(0)"],
+    [
+        "import os; os._exit(0)",
+        "import sys; sys.exit(0)",
+        "print(42)",
+        "import os; os.write(3, b'not json'); os._exit(0)",
+    ],
 )
 def test_a_function_that_does_not_return_has_no_value(sandbox: Sandbox, body: str) -> None:
     (result,) = sandbox.call_function(f"def f():\n    {body}", "f", [[]], FAST)
@@ -219,8 +267,7 @@ def test_a_function_that_does_not_return_has_no_value(sandbox: Sandbox, body: st
 
 
 def test_equality_tricks_do_not_leave_the_sandbox(sandbox: Sandbox) -> None:
-    source = "class Always(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(): return Always(7)"
-    (result,) = sandbox.call_function(source, "f", [[]], FAST)
+    (result,) = sandbox.call_function(ALWAYS_EQUAL, "f", [[]], FAST)
     assert result.value == 7
     assert type(result.value) is int
 
@@ -286,24 +333,18 @@ def test_missing_bubblewrap_names_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
     bubblewrap.launch_mode.cache_clear()
 
 
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv to become a normal user")
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv to become a normal user"
+)
 @pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs a system Python that a normal user can read")
 def test_a_normal_user_gets_the_same_protection() -> None:
-    script = (
-        "import sys; sys.dont_write_bytecode = True\n"
-        "from nemo_cascade.reward.sandbox import Limits, Sandbox\nfrom nemo_cascade.reward import bubblewrap\n"
-        "with Sandbox(spare=0) as s:\n"
-        "    print(bubblewrap.launch_mode())\n"
-        "    print(s.run_programs('print(int(input()) + 1)', ['4'])[0].stdout.strip())\n"
-        "    bomb = 'import os, time\\nn = 0\\ntry:\\n  while n < 200:\\n    if os.fork() == 0:\\n      time.sleep(9)\\n    n += 1\\nexcept OSError: print(n)'\n"
-        "    print(s.run_programs(bomb, [''], Limits(processes=12))[0].stdout.strip())\n"
-        "    trace = 'import ctypes, os\\nprint(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))'\n"
-        "    print(s.run_programs(trace, [''])[0].stdout.strip())\n"
-    )
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", script]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(user, capture_output=True, text=True, env={"PYTHONPATH": str(root)}, cwd="/", timeout=60)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-B", "-c"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3])}
+    reads = subprocess.run([*user, "import nemo_cascade"], capture_output=True, env=environment, cwd="/", timeout=60)
+    if reads.returncode != 0:
+        pytest.skip("a normal user cannot read this checkout")
+    done = subprocess.run([*user, AS_A_USER], capture_output=True, text=True, env=environment, cwd="/", timeout=60)
     assert done.returncode == 0, done.stderr
-    mode, answer, forks, trace = done.stdout.split()
-    assert (mode, answer, trace) == ("user", "5", "-1")
+    mode, answer, forks, *trace = done.stdout.split()
+    assert (mode, answer, trace) == ("user", "5", ["-1", "1", "False"])
     assert 9 <= int(forks) <= 14

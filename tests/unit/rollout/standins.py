@@ -1,13 +1,16 @@
-"""What the tests of rollouts share: random weights, the real tokenizer, small real domains, and a sampler that follows a script."""
+"""What the tests of rollouts share: random weights, the real tokenizer, small domains, a sampler with a script."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import nemo_cascade
 from nemo_cascade.data.chat import ChatTokenizer
@@ -61,7 +64,7 @@ def nano_chat() -> ChatTokenizer:
 
 
 class EchoDomain(SingleTurn):
-    """Say the word: reward 1 when the answer is `truth["word"]`. `invalid_first` verdicts of each rollout are Invalid."""
+    """Reward 1 when the answer is `truth["word"]`. The first `invalid_first` verdicts of an answer are Invalid."""
 
     name = "echo"
 
@@ -88,6 +91,9 @@ class RankDomain(SingleTurn):
     """Rewards that depend on the whole group: the longest answer wins."""
 
     name = "rank"
+
+    def score(self, task: Task, transcript: Transcript) -> Outcome:
+        return self.score_group(task, [transcript])[0]
 
     def score_group(self, task: Task, transcripts_G: Sequence[Transcript]) -> list[Outcome]:
         lengths = [len(transcript.final.content) for transcript in transcripts_G]
@@ -152,3 +158,13 @@ class ScriptedSampler:
 
     def close(self) -> None:
         self.batches.clear()
+
+
+def write_folder(folder: Path, config: NemotronHConfig, weights: dict[str, torch.Tensor]) -> Path:
+    """A Hugging Face folder with the nano tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf_json()))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    for file in NANO_TOKENIZER.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder

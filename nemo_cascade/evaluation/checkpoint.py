@@ -1,0 +1,130 @@
+"""What one can do with a single checkpoint at hand: evaluate it, convert it, talk to it. Needs torch; the CLI imports
+it late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from nemo_cascade.config.paths import hf_folder, tokenizer_folder
+from nemo_cascade.config.schema import EvaluationConfig
+from nemo_cascade.data.chat import ChatTokenizer
+from nemo_cascade.domains import Services, load
+from nemo_cascade.evaluation.benchmark import Benchmark
+from nemo_cascade.evaluation.intervals import bootstrap_mean
+from nemo_cascade.models.hf_folder import content_sha256, read_config, weight_files
+from nemo_cascade.rollout.local import LocalSampler
+from nemo_cascade.types import Interval, Message, Request, SamplingParams, UserError
+
+NEMO = ".nemo"
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a Hugging Face folder under the names they have there, one at a time."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():
+                yield name, stored.get_tensor(name)
+
+
+def open_sampler(folder: Path) -> LocalSampler:
+    """A Sampler in this process with the weights of a Hugging Face folder (published names; `convert` brings
+    others).
+    """
+    sampler = LocalSampler(read_config(folder))
+    sampler.load_weights(tensors_of(folder), 0)
+    return sampler
+
+
+def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) -> dict[tuple[str, str, str], Interval]:
+    """Score a checkpoint (`hf:nano`, a folder) on the tasks of the ledger: (domain, split, mode) -> mean with interval.
+
+    The tasks and draws are those of the cascade's own evaluations, so the numbers can be compared with a report's.
+    """
+    folder = hf_folder(reference)
+    chat = ChatTokenizer(tokenizer_folder(folder))
+    with ExitStack() as stack:
+        services = Services()
+        stack.callback(services.close)
+        domains = {name: load(name, services) for name in config.domains}
+        sampler = open_sampler(folder)
+        stack.callback(sampler.close)
+        rows = stack.enter_context(Benchmark(config, domains, sampler, chat, workers)).run()
+    cells: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        if row["valid"]:
+            cell = (str(row["domain"]), str(row["split"]), str(row["mode"]))
+            cells.setdefault(cell, []).append(float(str(row["score"])))
+    return {cell: bootstrap_mean(scores) for cell, scores in cells.items()}
+
+
+def convert(source: Path, target: Path, dtype: str = "fp32") -> str:
+    """Hugging Face folder <-> `.nemo` file, or a folder of another name style or dtype into published form.
+
+    Returns the content sha256 of the written folder, or of the read one where a `.nemo` file was written.
+    """
+    from nemo_cascade.models import convert as conversion
+    from nemo_cascade.models.cascade_model import CascadeModel
+
+    if target.exists():
+        raise UserError(f"{target}: already there; give a new path")
+    if source.suffix == NEMO:
+        if not source.is_file():
+            raise UserError(f"{source}: no such file")
+        model = CascadeModel.restore_from(str(source))
+        return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer_folder())
+    model = CascadeModel.from_hf(source)
+    if target.suffix == NEMO:
+        model.save_to(str(target))
+        return content_sha256(source)
+    return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer_folder(source))
+
+
+@dataclass
+class Conversation:
+    """A talk with one checkpoint. Every answer is appended, so the next message continues it."""
+
+    reference: str
+    params: SamplingParams
+    thinking: bool = True
+    seed: int = 0
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        folder = hf_folder(self.reference)
+        self.chat = ChatTokenizer(tokenizer_folder(folder))
+        self.sampler = open_sampler(folder)
+        if self.system:
+            self.messages.append(Message("system", self.system))
+
+    def say(self, text: str) -> Message:
+        """Send a user message; returns the assistant's turn with its reasoning."""
+        self.messages.append(Message("user", text))
+        prompt = self.chat.messages_ids(self.messages, (), self.thinking)
+        stops = SamplingParams(
+            self.params.max_new_tokens,
+            self.params.temperature,
+            self.params.top_p,
+            self.params.top_k,
+            self.chat.stop_ids,
+        )
+        request = Request(tuple(prompt), self.seed + len(self.messages), self.params.max_new_tokens)
+        ((_, completion),) = self.sampler.sample([request], stops)
+        answer = self.chat.parse_assistant(completion.token_ids, self.thinking)
+        self.messages.append(answer)
+        return answer
+
+
+def reply(
+    reference: str, messages: Sequence[str], params: SamplingParams, thinking: bool = True, seed: int = 0
+) -> list[Message]:
+    """The answers of a checkpoint to user messages sent one after the other."""
+    talk = Conversation(reference, params, thinking, seed)
+    return [talk.say(message) for message in messages]

@@ -1,0 +1,70 @@
+"""Refit through a shared folder: the Learner writes a Hugging Face folder, the Sampler reads it, perhaps elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+from nemo_cascade.models.hf_folder import read_header
+from nemo_cascade.protocols import Learner, Sampler
+from nemo_cascade.refit.checksum import ChecksummedSampler, expect_equal
+
+KEPT_FOLDERS = 2  # a sampler may still be reading the previous one
+
+
+class FolderSampler(ChecksummedSampler, Protocol):
+    """A Sampler that can read a Hugging Face folder; its checksum is then the folder's content sha256."""
+
+    def load_folder(self, folder: str | Path, version: int) -> None:
+        """Take the weights of the folder: all of them or, on an error, none."""
+
+
+class FileRefit:
+    """Every refit is a folder `version_000012` below `folder`, complete or absent (the Learner renames it into place).
+
+    Both sides hash what is in the folder; the two newest folders stay.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def refit(self, learner: Learner, sampler: Sampler, version: int) -> str:
+        """Export, load, compare; returns the content sha256 of the weights."""
+        path = self.folder / f"version_{version:06d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sent = learner.export(str(path))
+        # launch pairs this refit with samplers that read folders
+        reader: FolderSampler = sampler  # type: ignore[assignment]
+        reader.load_folder(path, version)
+        expect_equal(sent, reader.checksum, version)
+        for old in sorted(self.folder.glob("version_*"))[:-KEPT_FOLDERS]:
+            shutil.rmtree(old, ignore_errors=True)
+        return sent
+
+
+def folder_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a Hugging Face folder under published names, one at a time.
+
+    Newer transformers saves `model.` names and experts stacked in one tensor; those are taken apart.
+    """
+    for file in sorted({header.file for header in read_header(folder).values()}):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():
+                yield from published(name, stored.get_tensor(name))
+
+
+def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """One stored tensor under the names that published checkpoints use."""
+    if name.startswith("model."):
+        name = "backbone." + name.removeprefix("model.")
+    stem, _, last = name.rpartition(".")
+    if not stem.endswith("mixer.experts"):
+        yield name, tensor
+        return
+    for expert, part in enumerate(tensor):
+        yield f"{stem}.{expert}.{last}.weight", part

@@ -1,0 +1,159 @@
+"""A language model as judge, behind the OpenAI chat-completions protocol, with a deadline on every question.
+
+A judge that hangs or fails is an infrastructure failure: the answer is Invalid, never reward 0. The same client
+serves a nano judge in another process, a vLLM or TensorRT-LLM server and a hosted model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+
+from nemo_cascade.types import Invalid, Json, Outcome, Scored
+
+log = logging.getLogger(__name__)
+ChatMessage = Mapping[str, str]
+RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+FIRST_PAUSE_SECONDS = 0.2
+MAX_PAUSE_SECONDS = 5.0
+MAX_ANSWER_BYTES = 8 << 20
+_THINKING = re.compile(r"\A.*</think>", re.DOTALL)
+_VERDICT = re.compile(r"\b(INCORRECT|CORRECT)\b")
+
+
+class Judge:
+    """One judge model at one address. Safe to share between threads; `timeout_s` bounds a question with all its
+    retries.
+    """
+
+    def __init__(self, url: str, model: str, timeout_s: float = 300.0, retries: int = 3, api_key: str = "") -> None:
+        import httpx  # takes longer to import than the rest of the package together
+
+        base = url.rstrip("/").removesuffix("/v1")
+        self._endpoint, self._model = f"{base}/v1/chat/completions", model
+        self._timeout_s, self._retries = timeout_s, retries
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._client = httpx.Client(headers=headers, limits=limits, trust_env=False)
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ask(
+        self, messages: Sequence[ChatMessage], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    ) -> str | Invalid:
+        """The judge's answer, its thinking removed; Invalid when none came within the deadline."""
+        import httpx
+
+        body: dict[str, Json] = {
+            "model": self._model,
+            "messages": [dict(message) for message in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        deadline = time.monotonic() + self._timeout_s
+        problem, attempts = "it was never reached", self._retries + 1
+        for attempt in range(attempts):
+            try:
+                return self._once(body, deadline)
+            except _Refused as error:
+                return Invalid(f"judge {self._model} at {self._endpoint}: {error}")
+            except (httpx.HTTPError, ValueError) as error:
+                problem = str(error) or type(error).__name__
+            left = deadline - time.monotonic()
+            pause = min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS)
+            if attempt + 1 == attempts or left <= pause:
+                break
+            log.warning("judge %s at %s: %s; trying again, %.0f s left", self._model, self._endpoint, problem, left)
+            time.sleep(pause)
+        return Invalid(
+            f"judge {self._model} at {self._endpoint} gave no answer within {self._timeout_s:g} s: {problem}"
+        )
+
+    def _once(self, body: Mapping[str, Json], deadline: float) -> str:
+        import httpx
+
+        left = max(deadline - time.monotonic(), 0.001)
+        timeout = httpx.Timeout(left, connect=min(left, 10.0))
+        chunks: list[bytes] = []
+        size = 0
+        with self._client.stream("POST", self._endpoint, json=body, timeout=timeout) as response:
+            for chunk in response.iter_bytes():
+                size += len(chunk)
+                if time.monotonic() > deadline:
+                    raise TimeoutAnswer("the answer was still coming at the deadline")
+                if size > MAX_ANSWER_BYTES:
+                    raise ValueError(f"an answer longer than {MAX_ANSWER_BYTES} bytes")
+                chunks.append(chunk)
+        text = b"".join(chunks).decode("utf-8", "replace")
+        if response.status_code >= 400:
+            message = f"HTTP {response.status_code}: {' '.join(text.split())[:200]}"
+            retried = response.status_code >= 500 or response.status_code in RETRIED_STATUSES
+            raise ValueError(message) if retried else _Refused(message)
+        return _THINKING.sub("", _content(text)).strip()
+
+
+class TimeoutAnswer(ValueError):
+    """An answer that came too slowly."""
+
+
+class _Refused(Exception):
+    """A client error that asking again cannot cure."""
+
+
+def _content(text: str) -> str:
+    answer = json.loads(text)
+    try:
+        content = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("the answer has no choices[0].message.content") from error
+    return content if isinstance(content, str) else ""
+
+
+EQUIVALENCE_PROMPT = """You are given a question, its official answer and a candidate answer. \
+Decide whether the candidate gives the official answer. Other wording is fine; a missing, additional or different fact is not.
+
+Question:
+{question}
+
+Official answer:
+{expected}
+
+Candidate answer:
+{candidate}
+
+Reply only with CORRECT or INCORRECT."""
+
+
+def parse_equivalence(text: str) -> bool | None:
+    """The last CORRECT or INCORRECT of a judge's answer; None when it names neither."""
+    verdicts = _VERDICT.findall(text)
+    return verdicts[-1] == "CORRECT" if verdicts else None
+
+
+def grade_equivalence(
+    judge: Judge, question: str, expected: str, candidate: str, attempts: int = 3, max_tokens: int = 512
+) -> Outcome:
+    """Reward 1 when the judge finds the candidate equal to the expected answer, 0 when not; Invalid when it cannot
+    say.
+    """
+    prompt = EQUIVALENCE_PROMPT.format(question=question, expected=expected, candidate=candidate)
+    for attempt in range(attempts):
+        answer = judge.ask([{"role": "user", "content": prompt}], max_tokens, temperature=0.0 if attempt == 0 else 0.6)
+        if isinstance(answer, Invalid):
+            return answer
+        verdict = parse_equivalence(answer)
+        if verdict is not None:
+            return Scored(float(verdict), {"judge_attempts": float(attempt + 1)}, "CORRECT" if verdict else "INCORRECT")
+    return Invalid(f"the judge said neither CORRECT nor INCORRECT in {attempts} attempts")

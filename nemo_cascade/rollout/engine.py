@@ -1,0 +1,122 @@
+"""Continuous batching on one model: requests join and leave between steps, each with its own sampling parameters.
+
+`LocalSampler` drives it to the end for one call; the HTTP server keeps adding requests while it runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nemo_cascade.models.decode import Cache, DecodeModel
+from nemo_cascade.rollout.draw import draw, uniforms
+from nemo_cascade.types import Completion, Request, SamplingParams
+
+REFILL_BELOW = 0.75  # new requests join when the batch has shrunk to this share: reading prompts in clumps is cheaper
+
+
+@dataclass
+class _Row:
+    """One request being answered. `budget` is the smaller of its own token limit and the parameters'."""
+
+    key: int
+    request: Request
+    params: SamplingParams
+    budget: int
+    stream: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        return self.tokens[-1] in self.params.stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or len(self.tokens) == self.budget
+
+
+class Engine:
+    """Decodes at most `max_batch` requests at a time with fixed weights; the others wait their turn."""
+
+    def __init__(self, model: DecodeModel, version: int, max_batch: int) -> None:
+        self.model, self.version, self.max_batch = model, version, max_batch
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        self._cache: Cache | None = None
+        self._logits_BV = torch.empty(0, model.config.vocab_size)
+
+    def add(self, key: int, request: Request, params: SamplingParams) -> None:
+        """Queue a request; its completion comes back under `key`."""
+        budget = min(request.max_new_tokens, params.max_new_tokens)
+        self._waiting.append(_Row(key, request, params, budget, uniforms(request.seed, budget)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being decoded or waits."""
+        return bool(self._rows or self._waiting)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Draw one token for every row; returns the requests that this token finished."""
+        self._admit()
+        assert self._cache is not None, "step without a request"
+        tokens_B = _draw(self._rows, self._logits_BV)
+        finished = [place for place, row in enumerate(self._rows) if row.done]
+        completions = [(self._rows[place].key, self._completion(self._rows[place])) for place in finished]
+        if len(finished) == len(self._rows):
+            self._rows, self._cache, self._logits_BV = [], None, self._logits_BV[:0]
+            return completions
+        if finished:
+            order = self._cache.drop(finished)
+            self._rows = [self._rows[place] for place in order]
+            tokens_B = tokens_B[order]
+        self._logits_BV = self.model.step(tokens_B, self._cache)
+        return completions
+
+    def _admit(self) -> None:
+        free = self.max_batch - len(self._rows)
+        if not self._waiting or (len(self._rows) > REFILL_BELOW * self.max_batch and len(self._waiting) > free):
+            return
+        joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        logits_BV, cache = _read(self.model, joining)
+        self._cache = cache if self._cache is None else Cache.join([self._cache, cache])
+        self._logits_BV = torch.cat([self._logits_BV, logits_BV])
+        self._rows = self._rows + joining
+
+    def _completion(self, row: _Row) -> Completion:
+        return Completion(tuple(row.tokens), tuple(row.logprobs), "stop" if row.stopped else "length", self.version)
+
+
+def _read(model: DecodeModel, rows: Sequence[_Row]) -> tuple[torch.Tensor, Cache]:
+    """Prefill; a prompt that several rows share (the rollouts of one group) is read once and its state copied."""
+    prompts = list(dict.fromkeys(row.request.token_ids for row in rows))
+    logits_PV, cache = model.prefill(prompts, room=max(row.budget for row in rows))
+    if len(prompts) == len(rows):
+        return logits_PV, cache
+    place = {prompt: index for index, prompt in enumerate(prompts)}
+    source = [place[row.request.token_ids] for row in rows]
+    cache.keep(source)
+    return logits_PV[source], cache
+
+
+@torch.inference_mode()
+def _draw(rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
+    """Draw the next token of every row by its own parameters, and note it."""
+    groups: dict[SamplingParams, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(row.params, []).append(place)
+    tokens_B = torch.empty(len(rows), dtype=torch.int64)
+    for params, places in groups.items():
+        mine = [rows[place] for place in places]
+        uniforms_B = torch.from_numpy(np.array([row.stream[len(row.tokens)] for row in mine], dtype=np.float32))
+        logits = logits_BV if len(groups) == 1 else logits_BV[places]
+        drawn_B, logprobs_B = draw(logits, uniforms_B, params)
+        tokens_B[places] = drawn_B
+        for row, token, logprob in zip(mine, drawn_B.tolist(), logprobs_B.tolist(), strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+    return tokens_B

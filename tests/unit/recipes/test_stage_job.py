@@ -1,0 +1,81 @@
+"""The body of a stage's job: its guard, its exit codes, and what it tells the ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.recipes.stage import DONE, INPUT_MISSING, MISTAKE, SlurmTask, first_host, main
+from tests.flow.small_cascade import write_cascade
+
+FLOW = Path(__file__).resolve().parents[2] / "flow"
+STANDIN = "standin_stage"
+
+
+@pytest.fixture
+def cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PYTHONPATH", str(FLOW))
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    return str(write_cascade(tmp_path))
+
+
+def test_a_stage_refuses_until_its_inputs_are_done(cascade: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([cascade, "if_rl", STANDIN]) == INPUT_MISSING
+    assert "its input sft is not done" in capfd.readouterr().err
+    assert main([cascade, "sft", STANDIN]) == DONE
+    assert main([cascade, "if_rl", STANDIN]) == DONE
+    assert main([cascade, "if_rl", STANDIN]) == DONE  # done before: nothing runs, nothing fails
+    assert "if_rl: done" in capfd.readouterr().out
+
+
+def test_a_failed_stage_and_a_mistake(
+    cascade: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STANDIN_FAIL", "sft")
+    assert main([cascade, "sft", STANDIN]) == 1
+    assert "the learner diverged" in capfd.readouterr().err
+    assert main([cascade, "stf", STANDIN]) == MISTAKE
+    assert "did you mean 'sft'?" in capfd.readouterr().err
+
+
+def test_slurm_tasks_become_ranks() -> None:
+    env = {
+        "SLURM_NTASKS": "16",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODELIST": "gpu[07-08]",
+    }
+    task = SlurmTask.read(env)
+    assert task == SlurmTask(9, 1, 16, "4711-0", "gpu07")
+    assert task.variables() == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "24711",
+    }
+    assert SlurmTask.read({}).world == 1
+    assert [first_host(text) for text in ("a[3,5]", "a,b", "solo", "x1,y[2-4]")] == ["a3", "a", "solo", "x1"]
+
+
+def test_a_second_task_waits_for_the_first(cascade: str, tmp_path: Path) -> None:
+    """Two tasks of one job, started in the wrong order: the second trains only after the first prepared the folder."""
+    path = os.pathsep.join([str(FLOW.parents[1]), str(FLOW)])
+    shared = {**os.environ, "PYTHONPATH": path, "SLURM_JOB_ID": "7", "SLURM_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    command = [sys.executable, "-m", "nemo_cascade.recipes.stage", cascade, "sft", "tests.unit.recipes.rank_standin"]
+    tasks = []
+    for rank in ("1", "0"):
+        env = {**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [task.communicate(timeout=60)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    (folder,) = (tmp_path / "runs" / "small").glob("sft-*")
+    assert sorted(path.name for path in folder.glob("rank-*")) == [
+        "rank-0-of-2-at-localhost",
+        "rank-1-of-2-at-localhost",
+    ]

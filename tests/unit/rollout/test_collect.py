@@ -1,0 +1,198 @@
+"""Collection with real domains, the real tokenizer and a scripted sampler that answers out of order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from nemo_cascade.config.schema import FiltersConfig, SamplingConfig
+from nemo_cascade.protocols import Domain
+from nemo_cascade.rollout.collect import Collector
+from nemo_cascade.rollout.conversation import request_seed
+from nemo_cascade.types import Invalid, Message, Scored, Task, UserError
+from tests.unit.rollout.standins import CountDomain, EchoDomain, RankDomain, ScriptedSampler, nano_chat
+
+CHAT = nano_chat()
+
+
+def echo(word: str, prompt: str = "say") -> Task:
+    return Task(f"echo-{word}", "echo", (Message("user", f"{prompt} {word}"),), truth={"word": word})
+
+
+def collector(
+    domains: Sequence[Domain],
+    answer: Callable[[str, int], str],
+    filters: Mapping[str, object] | None = None,
+    **sampling: int,
+) -> Collector:
+    knobs = {"max_new_tokens": 40, "max_total_tokens": 400, **sampling}
+    named = {domain.name: domain for domain in domains}
+    return Collector(
+        named, ScriptedSampler(CHAT, answer), CHAT, SamplingConfig(**knobs), FiltersConfig(**(filters or {}))
+    )
+
+
+def give(*batches: Sequence[Task]):
+    return lambda count, attempt: list(batches[attempt]) if attempt < len(batches) else []
+
+
+def half_right(text: str, seed: int) -> str:
+    """The asked word on even seeds; "easy" words always."""
+    word = text.split("say ")[1].split("<")[0].strip()
+    return word if "easy" in word or seed % 2 == 0 else "no"
+
+
+def test_single_turn_groups_hold_what_was_sampled() -> None:
+    play = collector([EchoDomain()], half_right)
+    collected = play.collect(give([echo("fox"), echo("owl")]), 2, 6, seed=3, step=4)
+    assert [group.task.id for group in collected.groups] == ["echo-fox", "echo-owl"]
+    for group in collected.groups:
+        assert [rollout.sample for rollout in group.rollouts] == list(range(6))
+        prompt = CHAT.prompt_ids(group.task)
+        for rollout in group.rollouts:
+            right = request_seed(3, 4, group.task.id, rollout.sample, 0) % 2 == 0
+            said = group.task.truth["word"] if right else "no"
+            sampled = [*CHAT.encode_text(str(said)), CHAT.im_end_id]
+            assert list(rollout.token_ids) == prompt + sampled
+            assert list(rollout.loss_mask) == [0] * len(prompt) + [1] * len(sampled)
+            assert list(rollout.logprobs) == [0.0] * len(prompt) + [-0.5] * len(sampled)
+            assert list(rollout.versions) == [-1] * len(prompt) + [5] * len(sampled)
+            assert rollout.reward == float(right)
+    assert collected.rollouts == 12
+    assert collected.tokens == sum(rollout.num_sampled for group in collected.groups for rollout in group.rollouts)
+
+
+def test_the_same_task_twice_in_a_step_gets_other_random_streams() -> None:
+    play = collector([EchoDomain()], half_right)
+    play.collect(give([echo("fox"), echo("fox")]), 2, 4, seed=3, step=4)
+    seeds = [request.seed for request in play.sampler.batches[0]]
+    assert len(set(seeds)) == 8
+
+
+def test_multi_turn_appends_ids_and_closes_environments() -> None:
+    def count(text: str, seed: int) -> str:
+        return str(text.count("next") + 1)
+
+    domain = CountDomain()
+    play = collector([domain], count)
+    task = Task("count-1", "count", (Message("user", "count"),))
+    rollout = play.collect(give([task]), 1, 2, seed=0, step=0).groups[0].rollouts[0]
+    assert rollout.reward == 1.0
+    said = [f"{message.role}:{message.content}" for message in rollout.transcript.messages]
+    assert said == ["assistant:1", "user:next 1", "assistant:2", "user:next 2", "assistant:3"]
+    demonstrated, mask = CHAT.encode_conversation(task, rollout.transcript.messages)
+    # The demonstration's assistant turns hold the same ids only where the template's empty thinking is in the prompt.
+    assert sum(rollout.loss_mask) == sum(mask)
+    assert list(rollout.token_ids) == demonstrated
+    assert list(rollout.loss_mask) == mask
+    assert domain.closed == ["count-1", "count-1"]
+
+
+def test_turn_limit_with_the_environment_waiting_is_truncated() -> None:
+    domain = CountDomain(max_turns=2)
+    play = collector([domain], lambda text, seed: str(text.count("next") + 1))
+    rollout = (
+        play.collect(give([Task("count-1", "count", (Message("user", "count"),))]), 1, 2, 0, 0).groups[0].rollouts[0]
+    )
+    assert rollout.transcript.truncated
+    assert [message.role for message in rollout.transcript.messages] == ["assistant", "user", "assistant"]
+    assert rollout.reward == 0.0
+
+
+def test_token_limits_cut_turns_and_conversations() -> None:
+    play = collector([EchoDomain()], lambda text, seed: "a b c d e f g h", max_new_tokens=3)
+    rollout = play.collect(give([echo("fox")]), 1, 2, 0, 0).groups[0].rollouts[0]
+    assert rollout.num_sampled == 3 and rollout.transcript.truncated
+    task = Task("count-1", "count", (Message("user", "count"),))
+    room = len(CHAT.prompt_ids(task)) + 4
+    play = collector([CountDomain()], lambda text, seed: "1", max_total_tokens=room)
+    rollout = play.collect(give([task]), 1, 2, 0, 0).groups[0].rollouts[0]
+    assert len(rollout.token_ids) <= room and rollout.transcript.truncated
+
+
+def test_dynamic_filtering_replaces_groups_until_the_batch_is_full() -> None:
+    play = collector([EchoDomain()], half_right, {"dynamic": True})
+    first = [echo("easy1"), echo("fox"), echo("easy2")]
+    second = [echo("easy3"), echo("owl"), echo("elk")]
+    collected = play.collect(give(first, second), 3, 8, seed=1, step=0)
+    assert [group.task.id for group in collected.groups] == ["echo-fox", "echo-owl", "echo-elk"]
+    assert collected.dropped == {"all_equal": 3}
+    assert collected.refills == 1
+    assert collected.rollouts == 6 * 8
+    batches = [len(batch) for batch in play.sampler.batches]
+    assert batches == [24, 16, 8]  # 2 replacements (easy3, owl), then one more (elk)
+
+
+def test_refills_are_bounded_and_the_message_names_the_remedy() -> None:
+    play = collector([EchoDomain()], half_right, {"dynamic": True, "max_refills": 2})
+    easy = [echo("easy1"), echo("easy2")]
+    with pytest.raises(UserError, match=r"after 2 refills only 0 of 2 groups are usable \(dropped: 6 all_equal\)"):
+        play.collect(give(easy, easy, easy, easy), 2, 4, 0, 0)
+
+
+def test_too_long_prompts_are_counted_and_replaced() -> None:
+    play = collector([EchoDomain()], half_right, max_prompt_tokens=40)
+    long = echo("fox", prompt="word " * 60 + "say")
+    collected = play.collect(give([long, echo("owl")], [echo("elk")]), 2, 2, 0, 0)
+    assert [group.task.id for group in collected.groups] == ["echo-owl", "echo-elk"]
+    assert collected.dropped == {"prompt_too_long": 1}
+
+
+def test_invalid_verdicts_are_asked_for_again() -> None:
+    domain = EchoDomain(invalid_first=2)
+    play = collector([domain], lambda text, seed: "fox")
+    group = play.collect(give([echo("fox")]), 1, 1, 0, 0).groups[0]
+    assert group.rollouts[0].outcome == Scored(1.0)
+    assert domain.asked == {("echo-fox", "fox"): 3}
+
+
+def test_a_share_of_invalid_rollouts_is_borne_and_then_not() -> None:
+    def sometimes(text: str, seed: int) -> str:
+        return "break" if seed % 4 == 0 else "fox"
+
+    group = (
+        collector([EchoDomain()], sometimes, {"max_invalid_share": 0.9})
+        .collect(give([echo("fox")]), 1, 16, 0, 0)
+        .groups[0]
+    )
+    invalid = [isinstance(rollout.outcome, Invalid) for rollout in group.rollouts]
+    assert 0 < sum(invalid) < 16
+    assert [not kept for kept in group.in_loss] == invalid
+    with pytest.raises(UserError, match="filters.max_invalid_share: .* most often: judge down"):
+        collector([EchoDomain()], sometimes, {"max_invalid_share": 0.01}).collect(give([echo("fox")]), 1, 16, 0, 0)
+
+
+def test_rewards_that_see_the_group_get_it_whole_and_in_order() -> None:
+    play = collector([RankDomain()], lambda text, seed: "a" * (1 + seed % 7))
+    task = Task("rank-1", "rank", (Message("user", "go"),))
+    rollouts = play.collect(give([task]), 1, 8, 0, 0).groups[0].rollouts
+    lengths = [len(rollout.transcript.final.content) for rollout in rollouts]
+    assert [rollout.reward for rollout in rollouts] == [float(length == max(lengths)) for length in lengths]
+
+
+def test_a_verdict_after_the_deadline_is_invalid_and_the_step_goes_on() -> None:
+    play = collector([EchoDomain(delay_s=0.5)], lambda text, seed: "fox", {"max_invalid_share": 1.0})
+    play.scorer.deadline_s = 0.05
+    started = time.monotonic()
+    rollout = play.collect(give([echo("fox")]), 1, 1, 0, 0).groups[0].rollouts[0]
+    assert isinstance(rollout.outcome, Invalid) and "no verdict from domain echo after" in rollout.outcome.reason
+    assert time.monotonic() - started < 0.4
+    play.close()
+
+
+def test_evaluation_keeps_every_rollout_of_every_task() -> None:
+    play = collector([EchoDomain(), RankDomain()], half_right, {"dynamic": True, "overlong": "penalty"})
+    rollouts = play.evaluate_tasks([echo("easy1"), echo("fox")], 3, seed=9)
+    assert [(rollout.task.id, rollout.sample) for rollout in rollouts] == [
+        ("echo-easy1", 0), ("echo-easy1", 1), ("echo-easy1", 2), ("echo-fox", 0), ("echo-fox", 1), ("echo-fox", 2),
+    ]  # fmt: skip
+    assert [rollout.reward for rollout in rollouts[:3]] == [1.0, 1.0, 1.0]
+    with pytest.raises(UserError, match="sampling.max_prompt_tokens: the prompt of task echo-fox"):
+        collector([EchoDomain()], half_right, max_prompt_tokens=3).evaluate_tasks([echo("fox")], 1, 0)
+
+
+def test_an_unknown_domain_is_named() -> None:
+    with pytest.raises(UserError, match="no domain 'echo' is loaded"):
+        collector([RankDomain()], half_right).collect(give([echo("fox")]), 1, 2, 0, 0)
