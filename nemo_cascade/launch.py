@@ -122,6 +122,7 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
     """Build the parts, run the loop, export, evaluate, and last of all write the done marker."""
     from nemo_cascade.data.chat import ChatTokenizer
     from nemo_cascade.learner import parallel, ranks
+    from nemo_cascade.observe.record import timed
 
     started = time.monotonic()
     hardware = run.hardware
@@ -138,7 +139,8 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
         domains = stack.enter_context(build_domains(run, place))
         train(folder, run, place, learner, domains, chat)
         sha256 = learner.export(str(folder.hf))
-        evaluate(folder, run, place, learner, domains, chat)
+        with timed(folder.path, "evaluation") if place.rank == 0 else nullcontext():
+            evaluate(folder, run, place, learner, domains, chat)
         seconds = time.monotonic() - started
         result = StageResult(run.stage, run.kind, run.key, "hf", sha256, run.config.num_steps, round(seconds, 1))
         ranks.gathered(True, everyone=True)  # every rank's part of the evaluation is on disk

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_cascade.cascade.artifacts import StageFolder, read_json
 from nemo_cascade.cascade.gates import GateResult, effective_source, read_gates, reference_of
@@ -35,7 +36,7 @@ from nemo_cascade.types import Interval
 
 CURVE_POINTS = 200
 CURVE_NAMES = (
-    *("reward", "loss", "accuracy", "entropy", "length", "kl", "logprob_gap", "teacher_gap", "grad_norm"),
+    *("reward", "loss", "accuracy", "entropy", "length", "kl", "reverse_kl", "gap_abs", "grad_norm"),
     *("all_equal_share", "truncated_share", "invalid_share", "masked_share", "tokens_per_second", "lr"),
 )
 
@@ -87,7 +88,7 @@ def gather(manifest: Manifest) -> ReportData:
 
 def subtitle(manifest: Manifest, stages: Sequence[Stage]) -> str:
     """What ran where, in one line."""
-    words = [f"seed {manifest.seed}", manifest.config, *manifest.overrides]
+    words = [f"seed {manifest.seed}", Path(manifest.config).name, *manifest.overrides]
     run = next((stage.run for stage in stages if stage.run is not None), None)
     if run is not None:
         hardware = run.hardware
@@ -137,12 +138,12 @@ def spans_of(folder: StageFolder, lines: Sequence[Mapping[str, float | None]]) -
 
 
 def curves_of(lines: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of the metrics worth a curve, at most CURVE_POINTS each; none where a metric is 0 throughout."""
+    """(step, value) of the metrics worth a curve, at most CURVE_POINTS each; none for other metrics that stay 0."""
     names = [*CURVE_NAMES, *sorted({name for line in lines for name in line if name.startswith("reward/")})]
     curves = {}
     for name in names:
         points = [(float(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
-        if points and any(value != 0.0 for _, value in points):
+        if points and (name in ("reward", "loss") or any(value != 0.0 for _, value in points)):
             curves[name] = thin(points)
     return curves
 

@@ -48,7 +48,7 @@ function time() {
     el("div", { class: "legend" }, SPANS.map(([name, css]) => el("span", {}, el("span", { class: "key", style: `background:var(${css})` }), name))));
 }
 
-const CURVES = [["reward", "mean reward"], ["loss", "loss"], ["accuracy", "token accuracy"], ["entropy", "entropy, nat"], ["length", "answer length, tokens"], ["kl", "KL to the start, nat"], ["logprob_gap", "learner / sampler gap, nat"], ["teacher_gap", "teacher \u2212 student, nat"],
+const CURVES = [["reward", "mean reward"], ["loss", "loss"], ["accuracy", "token accuracy"], ["entropy", "entropy, nat"], ["length", "answer length, tokens"], ["kl", "KL to the start, nat"], ["reverse_kl", "KL(student \u2016 teacher), nat"], ["gap_abs", "|learner \u2212 sampler|, nat"],
   ["grad_norm", "gradient norm"], ["all_equal_share", "groups all equal, share"], ["truncated_share", "truncated, share"], ["invalid_share", "invalid, share"], ["masked_share", "masked tokens, share"], ["tokens_per_second", "tokens per second"], ["lr", "learning rate"]];
 
 function curves() {

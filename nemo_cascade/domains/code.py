@@ -128,14 +128,15 @@ class Code(SingleTurn):
             return refused
         source = extract_code(transcript.final.content)
         key = (task.id, source)
-        if key not in self._verdicts:
-            outcome = self._run(task, source)
-            if isinstance(outcome, Invalid):
-                return outcome
+        known = self._verdicts.get(key)
+        if known is not None:
+            return known
+        outcome = self._run(task, source)
+        if isinstance(outcome, Scored):
             self._verdicts[key] = outcome
             if len(self._verdicts) > REMEMBERED:
                 self._verdicts.popitem(last=False)
-        return self._verdicts[key]
+        return outcome
 
     def _run(self, task: Task, source: str) -> Outcome:
         problem = _broken(source)

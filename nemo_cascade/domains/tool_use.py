@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from nemo_cascade.data.nano_words import DAYS, NAMES
 from nemo_cascade.data.rows import field, input_messages, input_tools, loose_json
 from nemo_cascade.data.splits import draw
-from nemo_cascade.domains import SingleTurn, content_of, make_task
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
 from nemo_cascade.reward.workplace import Workplace
 from nemo_cascade.reward.workplace_tables import tables_folder
 from nemo_cascade.types import (
@@ -116,6 +116,11 @@ def run_call(backend: Backend, offered: tuple[str, ...], call: ToolCall) -> str:
     return backend.call(call.name, call.arguments)
 
 
+def _failed(answer: str) -> bool:
+    """Whether a tool's answer says that the call was wrong; the workplace wraps its answers in JSON."""
+    return answer.removeprefix('{"output":"').lower().startswith("error")
+
+
 class ToolUse(SingleTurn):
     """Tool calls that leave the database as the reference calls would (multi-domain stage: Workplace Assistant)."""
 
@@ -123,7 +128,7 @@ class ToolUse(SingleTurn):
     max_turns = 4
     DEFAULTS: ClassVar[Mapping[str, Json]] = {"workplace_tables": "", "max_turns": 4}
 
-    def __init__(self, services=None, options: Mapping[str, Json] | None = None) -> None:
+    def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
         self.max_turns = int(self.options["max_turns"])
 
@@ -186,10 +191,10 @@ class ToolUse(SingleTurn):
         num_errors = 0
         for message in transcript.messages:
             answers = episode.reply(message) if message.role == "assistant" else None
-            num_errors += sum(answer.content.lower().startswith("error") for answer in answers or ())
+            num_errors += sum(_failed(answer.content) for answer in answers or ())
         for call in _reference_calls(task):
             answer = reference.backend.call(call.name, call.arguments)
-            if answer.lower().startswith("error"):
+            if _failed(answer):
                 return Invalid(f"the reference call {call.name} of {task.id} fails: {answer}")
         same = episode.backend.state() == reference.backend.state()
         parts = {"tool_errors": float(num_errors)}

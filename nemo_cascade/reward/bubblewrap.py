@@ -68,12 +68,20 @@ def _python() -> Path:
 
 
 @functools.cache
+def _server_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="nemo-cascade-sandbox-")  # goes when the process ends
+
+
 def _compiled_server() -> Path:
-    """The fork server as bytecode: compiling it anew in each sandbox would cost as much as the fork it saves."""
-    folder = Path(tempfile.mkdtemp(prefix="nemo-cascade-sandbox-"))
-    target = folder / "fork_server.pyc"
-    py_compile.compile(str(Path(fork_server.__file__)), cfile=str(target), doraise=True)
-    target.chmod(0o644)
+    """The fork server as bytecode: compiling it anew in each sandbox would cost as much as the fork it saves.
+
+    Written again if it has gone: a forked child that exits normally takes the temporary folder along.
+    """
+    target = Path(_server_folder().name, "fork_server.pyc")
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        py_compile.compile(str(Path(fork_server.__file__)), cfile=str(target), doraise=True)
+        target.chmod(0o644)
     return target
 
 
@@ -123,7 +131,8 @@ def launch_mode() -> Mode:
             server.kill()
     raise UserError(
         f"bubblewrap cannot create namespaces here ({'; '.join(complaints)}); "
-        "set `sysctl kernel.unprivileged_userns_clone=1` on the host, or start the container with `--security-opt seccomp=unconfined --cap-add SYS_ADMIN`"
+        "set `sysctl kernel.unprivileged_userns_clone=1` on the host, "
+        "or start the container with `--security-opt seccomp=unconfined --cap-add SYS_ADMIN`"
     )
 
 

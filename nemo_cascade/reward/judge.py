@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-from nemo_cascade.types import Invalid, Json, Outcome, Scored
+from nemo_cascade.types import Invalid, Json, Outcome, Scored, UserError
 
 log = logging.getLogger(__name__)
 ChatMessage = Mapping[str, str]
@@ -32,6 +32,8 @@ class Judge:
     def __init__(self, url: str, model: str, timeout_s: float = 300.0, retries: int = 3, api_key: str = "") -> None:
         import httpx  # takes longer to import than the rest of the package together
 
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"judge url {url!r} must start with http:// or https://, as in http://localhost:8000/v1")
         base = url.rstrip("/").removesuffix("/v1")
         self._endpoint, self._model = f"{base}/v1/chat/completions", model
         self._timeout_s, self._retries = timeout_s, retries
@@ -122,7 +124,8 @@ def _content(text: str) -> str:
 
 
 EQUIVALENCE_PROMPT = """You are given a question, its official answer and a candidate answer. \
-Decide whether the candidate gives the official answer. Other wording is fine; a missing, additional or different fact is not.
+Decide whether the candidate gives the official answer. Other wording is fine; \
+a missing, additional or different fact is not.
 
 Question:
 {question}

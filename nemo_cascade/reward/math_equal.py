@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+from nemo_cascade.reward import math_worker
 from nemo_cascade.types import Invalid, Scored, UserError
 
 MAX_ANSWER_CHARS = 200
@@ -67,7 +68,14 @@ def normalized(answer: str) -> str:
     for left, right in _DELIMITERS:
         if answer.startswith(left) and answer.endswith(right) and len(answer) >= len(left) + len(right):
             answer = answer[len(left) : -len(right)].strip()
-    answer = answer.rstrip(".").replace(r"\!", "").replace(r"\,", "").replace(r"\left", "").replace(r"\right", "")
+    answer = (
+        answer.rstrip(".")
+        .replace("{,}", ",")
+        .replace(r"\!", "")
+        .replace(r"\,", "")
+        .replace(r"\left", "")
+        .replace(r"\right", "")
+    )
     answer = (
         re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", answer)
         .replace(r"\dfrac", r"\frac")
@@ -102,15 +110,15 @@ class _Worker:
     """A running `math_worker` and its pipe; one question at a time."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        argv = [sys.executable, "-m", "nemo_cascade.reward.math_worker", repr(cpu_seconds)]
+        argv = [sys.executable, "-P", math_worker.__file__, repr(cpu_seconds)]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=nothing, bufsize=0)
         self._buffer = b""
-        if self._line(START_SECONDS) != b"ready":
+        try:
+            self._line(START_SECONDS)  # says ready
+        except (TimeoutError, EOFError):
             self.kill()
-            raise UserError(
-                "the math-verify worker did not start; run `python -m nemo_cascade.reward.math_worker 1` to see why"
-            )
+            raise
 
     def ask(self, gold: str, prediction: str, seconds: float) -> bool:
         """TimeoutError after `seconds` of wall time, EOFError when the worker has died."""
@@ -202,7 +210,11 @@ class MathGrader:
             usable = _end(usable)
             return Invalid(f"math: comparison got no answer within {self._wall_seconds:.0f} s of wall time")
         except EOFError:
-            by_cpu = usable is not None and usable.ended_by_cpu()
+            if usable is None:
+                return Invalid(
+                    "math: the comparison worker did not start; `python -m nemo_cascade.reward.math_worker 1` says why"
+                )
+            by_cpu = usable.ended_by_cpu()
             usable = _end(usable)
             if by_cpu:
                 return Scored(0.0, reason=f"comparison needs more than {self._cpu_seconds:g} s of CPU")

@@ -18,6 +18,7 @@ processes (address space is bounded per process), load on the machine within the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 import threading
@@ -31,8 +32,9 @@ from typing import Literal
 
 from nemo_cascade.reward import bubblewrap
 from nemo_cascade.reward.fork_server import SYMLINK_MODE
-from nemo_cascade.types import Json, UserError
+from nemo_cascade.types import Json
 
+log = logging.getLogger(__name__)
 Status = Literal["ok", "nonzero", "cpu_time", "memory", "output", "wall_time", "crashed"]
 Files = Mapping[str, "str | bytes | File"]
 STATUSES: dict[bytes, Status] = {
@@ -40,6 +42,7 @@ STATUSES: dict[bytes, Status] = {
     b"output": "output", b"wall_time": "wall_time", b"crashed": "crashed",
 }  # fmt: skip
 START_SECONDS = 30.0
+START_ATTEMPTS = 3
 MEBIBYTE = 1 << 20
 
 
@@ -95,11 +98,14 @@ CRASHED = RunResult("crashed", None, "", "the sandbox ended with the program", 0
 
 
 class Session:
-    """One open sandbox with a work folder that lives across commands; not for two threads at once."""
+    """One open sandbox with a work folder that lives across commands; not for two threads at once.
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-        self._server = sandbox._take()
+    When no sandbox could be started (an overloaded machine), every command ends with `wall_time`: no verdict.
+    """
+
+    def __init__(self, server: bubblewrap.Server | str) -> None:
+        self._server = server if isinstance(server, bubblewrap.Server) else None
+        self._problem = server if isinstance(server, str) else ""
 
     def write(self, files: Files) -> None:
         """Put files into the work folder, replacing what is there."""
@@ -111,10 +117,13 @@ class Session:
                 else File(content.encode() if isinstance(content, str) else content)
             )
             fields += [os.fsencode(checked_path(path)), oct(file.mode)[2:].encode(), file.content]
-        self._server.ask(fields, START_SECONDS)
+        if self._server is not None:
+            self._server.ask(fields, START_SECONDS)
 
     def read(self, most_bytes: int = 16 * MEBIBYTE) -> dict[str, File]:
-        """All files of the work folder; ValueError when they exceed `most_bytes`."""
+        """All files of the work folder; ValueError when they exceed `most_bytes`, EOFError without a sandbox."""
+        if self._server is None:
+            raise EOFError(self._problem)
         fields = self._server.ask([b"read", str(most_bytes).encode()], START_SECONDS)
         if fields == [b"too large"]:
             raise ValueError(f"the work folder holds more than {most_bytes} bytes")
@@ -130,6 +139,8 @@ class Session:
         self, operation: bytes, kind: bytes, payload: list[bytes], stdin: str, limits: Limits
     ) -> tuple[RunResult, bytes]:
         """One process of the fork server: its result and what it wrote to the result descriptor."""
+        if self._server is None:
+            return RunResult("wall_time", None, "", self._problem, 0.0), b""
         fields = [operation, kind, *limits.fields(), stdin.encode("utf-8", "surrogateescape"), *payload]
         try:
             answer = self._server.ask(fields, limits.wall_seconds + START_SECONDS)
@@ -146,11 +157,12 @@ class Session:
     @property
     def alive(self) -> bool:
         """False once a program has killed its own sandbox."""
-        return not self._server.closed
+        return self._server is not None and not self._server.closed
 
     def close(self) -> None:
         """End the sandbox and everything in it."""
-        self._server.kill()
+        if self._server is not None:
+            self._server.kill()
 
 
 class Sandbox:
@@ -185,28 +197,30 @@ class Sandbox:
         if launcher is not None:
             launcher.shutdown()
 
-    def _take(self) -> bubblewrap.Server:
-        """A started sandbox, and orders a replacement.
+    def _take(self) -> bubblewrap.Server | str:
+        """A started sandbox, or in words why several would not start; orders replacements.
 
         All sandboxes are started by one long-lived thread: the kernel ends a `--die-with-parent` process with the
         thread that started it, not with the process.
         """
-        with self._lock:
-            if self._launcher is None:
-                self.check()
-                self._launcher = ThreadPoolExecutor(1, thread_name_prefix="sandbox-launcher")
-            while len(self._waiting) < self._spare + 1:
-                self._waiting.append(self._launcher.submit(bubblewrap.Server, self._scratch_mb, self._read_only))
-            future = self._waiting.popleft()
-        server = future.result()
-        try:
-            server.wait_ready(START_SECONDS)
-        except (EOFError, TimeoutError) as error:
-            server.kill()
-            raise UserError(
-                f"the sandbox did not start: {server.complaint() or error}; run `nemo-cascade check`"
-            ) from error
-        return server
+        problem = ""
+        for _ in range(START_ATTEMPTS):
+            with self._lock:
+                if self._launcher is None:
+                    self.check()
+                    self._launcher = ThreadPoolExecutor(1, thread_name_prefix="sandbox-launcher")
+                while len(self._waiting) < self._spare + 1:
+                    self._waiting.append(self._launcher.submit(bubblewrap.Server, self._scratch_mb, self._read_only))
+                future = self._waiting.popleft()
+            server = future.result()
+            try:
+                server.wait_ready(START_SECONDS)
+                return server
+            except (EOFError, TimeoutError) as error:
+                problem = f"the sandbox did not start: {server.complaint() or error}"
+                server.kill()
+                log.warning("%s; trying again", problem)
+        return problem
 
     @contextmanager
     def session(self, files: Files | None = None) -> Iterator[Session]:
@@ -219,7 +233,7 @@ class Sandbox:
 
     def open(self, files: Files | None = None) -> Session:
         """Like `session`, for owners who call `close` themselves."""
-        session = Session(self)
+        session = Session(self._take())
         if files:
             session.write(files)
         return session

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from nemo_cascade.config.paths import PACKAGE
 from nemo_cascade.types import UserError
 
 START_DEADLINE_S = 180.0
@@ -59,7 +60,8 @@ def start_server(
     command = [sys.executable, "-m", "nemo_cascade.rollout.server", "--model", str(folder), "--port", str(port)]
     command += ["--max-batch", str(max_batch), *([] if thinking else ["--no-thinking"])]
     log = tempfile.TemporaryFile("w+")
-    path = os.pathsep.join(entry for entry in sys.path if entry)
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    path = os.pathsep.join([str(PACKAGE.parent), *inherited])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
@@ -67,20 +69,19 @@ def start_server(
     handle = ServerHandle("", process, log)
     line = _first_line(process, deadline_s)
     if not line:
-        died = process.poll() is not None
-        log.flush()
+        process.kill()
         log.seek(0)
         said = [text.strip() for text in log.read().splitlines() if text.strip()]
         handle.close()
         reason = said[-1] if said else "it said nothing"
-        what = "ended" if died else f"did not come up within {deadline_s:.0f} s"
+        what = "ended" if line == "" else f"did not come up within {deadline_s:.0f} s"
         raise UserError(f"server for {folder}: {what}: {reason}")
     handle.url = json.loads(line)["url"]
     return handle
 
 
-def _first_line(process: subprocess.Popen[str], deadline_s: float) -> str:
-    """The line with the address, or "" when the process ends or the deadline passes first."""
+def _first_line(process: subprocess.Popen[str], deadline_s: float) -> str | None:
+    """The line with the address; "" when the process ends first, None when the deadline passes first."""
     assert process.stdout is not None
     until = time.monotonic() + deadline_s
     with selectors.DefaultSelector() as selector:
@@ -88,4 +89,4 @@ def _first_line(process: subprocess.Popen[str], deadline_s: float) -> str:
         while (left := until - time.monotonic()) > 0:
             if selector.select(timeout=min(left, 0.5)):
                 return process.stdout.readline().strip()
-    return ""
+    return None

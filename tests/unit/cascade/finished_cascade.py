@@ -8,7 +8,7 @@ import math
 import random
 from pathlib import Path
 
-from nemo_cascade.cascade.artifacts import stage_folder, write_json
+from nemo_cascade.cascade.artifacts import StageFolder, stage_folder, write_json
 from nemo_cascade.cascade.gates import GateResult, to_json
 from nemo_cascade.cascade.manifest import Entry, Manifest, write_manifest
 from nemo_cascade.cascade.teachers import Choice
@@ -99,7 +99,7 @@ def write_stage(cascade: Path, entry: Entry, skill: dict[str, float], running: b
                 "entropy": 0.9 - 0.5 * progress + stream.gauss(0, 0.02),
                 "length": 14 + 4 * progress,
                 "kl": 0.05 * progress + abs(stream.gauss(0, 0.002)),
-                "logprob_gap": 2e-6 + 1e-7 * stream.random(),
+                "gap_abs": 2e-6 + 1e-7 * stream.random(),
                 "seconds/sampling": 1.4,
                 "seconds/reward": 0.1 + 0.3 * stream.random(),
             }
@@ -109,6 +109,17 @@ def write_stage(cascade: Path, entry: Entry, skill: dict[str, float], running: b
     if entry.name == "sft":
         scores(folder.evaluation("init"), "init", SKILL["sft:init"])
     add_timing(folder.path, {"evaluation": 21.0})
+    decisions(folder, entry)
+    if not running:
+        folder.finish(
+            StageResult(
+                entry.name, entry.kind, entry.key, "hf", hashlib.sha256(entry.name.encode()).hexdigest(), 60, 178.0
+            )
+        )
+
+
+def decisions(folder: StageFolder, entry: Entry) -> None:
+    """Teachers of the distillation, gates of one stage."""
     if entry.kind == "mopd":
         candidates = {"rlhf_teacher": Interval(0.92, 0.86, 0.97, 96), "sft": Interval(0.55, 0.45, 0.64, 96)}
         why = "best of 4 candidates on select tasks"
@@ -124,12 +135,6 @@ def write_stage(cascade: Path, entry: Entry, skill: dict[str, float], running: b
         )
         passed = GateResult(entry.name, "math", 0.05, "stop", True, "none", 0.3, 0.21, 0.39, 96, "if_rl")
         write_json(folder.gates, to_json([failed, passed]))
-    if not running:
-        folder.finish(
-            StageResult(
-                entry.name, entry.kind, entry.key, "hf", hashlib.sha256(entry.name.encode()).hexdigest(), 60, 178.0
-            )
-        )
 
 
 def scores(path: Path, checkpoint: str, skill: dict[str, float]) -> None:

@@ -96,6 +96,9 @@ def test_released_rows_accept_their_own_calls_and_refuse_silence():
         assert domain.score(task, Transcript(tuple(one_by_one))).reward == 1.0
         assert domain.score(task, Transcript((Message("assistant", "All done."),))).reward == 0.0
         assert domain.score(task, Transcript((Message("assistant", tool_calls=calls[1:]),))).reward == 0.0
+        wrong = ToolCall("email_delete_email", {"number": "1"})
+        outcome = domain.score(task, Transcript((Message("assistant", tool_calls=(wrong, *calls)),)))
+        assert (outcome.reward, outcome.parts["tool_errors"]) == (1.0, 1.0)
 
 
 def test_tools_answer_as_the_recorded_server_did():

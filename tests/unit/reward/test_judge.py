@@ -70,6 +70,11 @@ def test_client_errors_are_not_repeated() -> None:
         assert server.calls == 1
 
 
+def test_a_url_without_scheme_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="must start with http"):
+        Judge("localhost:8000", "nano")
+
+
 def test_no_judge_at_all_is_invalid() -> None:
     with Judge("http://127.0.0.1:9", "nano", timeout_s=1.0, retries=1) as judge:
         assert isinstance(judge.ask(ASK, 16), Invalid)

@@ -325,6 +325,18 @@ def test_threads_share_one_sandbox_and_may_end(sandbox: Sandbox) -> None:
     assert answers == {index: f"{index * index}\n" for index in range(8)}
 
 
+def test_sandboxes_that_do_not_start_are_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    Sandbox.check()
+    with Sandbox(spare=0) as broken:
+        monkeypatch.setattr(bubblewrap, "_python", lambda: Path("/nowhere/python"))
+        bubblewrap._system_binds.cache_clear()
+        result = broken.run(["ls"])
+        (call,) = broken.call_function("def f(): return 1", "f", [[]])
+    bubblewrap._system_binds.cache_clear()
+    assert (result.status, call.status) == ("wall_time", "wall_time")
+    assert "did not start: bwrap: execvp /nowhere/python" in result.stderr
+
+
 def test_missing_bubblewrap_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     bubblewrap.launch_mode.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -1,4 +1,4 @@
-"""Where groups come from: a replica's leader shares them, or shares why there are none; recorded ones read back equal."""
+"""A replica's leader shares its groups, or why there are none; recorded groups read back equal."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
         ('"""Says."""\n' + "x = 1\n" * 400, "401 lines"),
         ('"""Says."""\ndef f():\n    """Says."""\n' + "    x = 1\n" * 60, "62 lines, limit 60"),
         ('"""Says."""\n# TO' + "DO: later\n", "unfinished work"),
-        ('"""Says."""\ntry:\n    x = 1\nexcept Exception' + ":\n    pass\n", "blind except"),
+        ('"""Says."""\ntry:\n    x = 1\nexc' + "ept Exception:\n    pass\n", "blind except"),
         ('"""Says."""\ndef f():\n    return 1\n', "f has no docstring"),
         ("x = 1\n", "the module has no docstring"),
         ('"""Says \u00e9."""\n', "not ASCII"),
