@@ -11,7 +11,8 @@ from nemo_cascade.cascade.runner import Options, run
 from nemo_cascade.config.load import load_cascade
 
 SMALL = [
-    "hardware=cpu1", "stages.*.num_steps=4", "stages.sft.tokens_per_step=2048", "stages.if_rl.prompts_per_step=4",
+    "stages=[nano/sft, nano/if_rl]", "hardware=cpu1", "stages.*.num_steps=4",
+    "stages.sft.tokens_per_step=2048", "stages.if_rl.prompts_per_step=4",
     "evaluation.select=0", "evaluation.report=16", "evaluation.other_mode=0",
     "evaluation.domains=[instruction_following, math]",
 ]  # fmt: skip
@@ -22,9 +23,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         cascade = load_cascade("nano", [*SMALL, f"output={output}"])
         lines: list[str] = []
-        run(cascade, Options(until="if_rl"), print)
+        run(cascade, Options(), print)
         print("the same again:")
-        folder = run(cascade, Options(until="if_rl"), lambda line: (print(line), lines.append(line))[0])
+        folder = run(cascade, Options(), lambda line: (print(line), lines.append(line))[0])
         assert all(": done" in line for line in lines), lines
         report: Path = write_report(folder)
         print(f"{report.name}: {report.stat().st_size // 1024} KiB, open it in a browser")

@@ -15,13 +15,17 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_cascade.cascade.artifacts import StageFolder
-from nemo_cascade.config.schema import GrpoConfig, HardwareConfig, JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
+from nemo_cascade.cascade.artifacts import StageFolder, read_lines
+from nemo_cascade.cascade.lock import locked
+from nemo_cascade.cascade.lock import born
+from nemo_cascade.cascade.process import STARTED_BY
+from nemo_cascade.config.paths import NO_ROOM, explain_os_error
+from nemo_cascade.config.schema import HardwareConfig, JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.types import StageResult, UserError
 
@@ -50,19 +54,39 @@ def main(arguments: list[str] | None = None) -> int:
         run = read_stage_run(folder.path)
         if folder.is_done(run.key):
             return 0
-        if run.hardware.world_size > 1 and "RANK" not in os.environ:
-            return start_ranks(folder.path, run.hardware)
-        run_stage(folder, run)
+        if "RANK" in os.environ:  # one of several ranks: whoever started them holds the lock
+            run_stage(folder, run)
+            return 0
+        with locked(folder.lock):
+            if run.hardware.world_size > 1:
+                return start_ranks(folder.path, run.hardware)
+            run_stage(folder, run)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR
+        return tell(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return tell(str(explain_os_error(error, Path(error.filename or folder.metrics))))
     return 0
 
 
+def tell(problem: str) -> int:
+    """Say a mistake in one line, even where standard error is a file on the full disk that the line is about."""
+    with suppress(OSError):
+        sys.stderr.write(f"error: {problem}\n")
+    return EXIT_USER_ERROR
+
+
 def die_with_parent() -> None:
-    """Ask the kernel to end this process with its parent, so that a killed run leaves no rank behind (Linux only)."""
+    """Ask the kernel to end this process with its parent, so that a killed run leaves no rank behind (Linux only).
+
+    A parent that died before the kernel was asked is found by its id, which it passed down as STARTED_BY.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = os.environ.get(STARTED_BY)
+        if parent is not None and born(int(parent)) == 0:
+            sys.exit(128 + signal.SIGKILL)
 
 
 def start_ranks(folder: Path, hardware: HardwareConfig) -> int:
@@ -74,15 +98,17 @@ def start_ranks(folder: Path, hardware: HardwareConfig) -> int:
         raise UserError(
             f"hardware {hardware.name}: {hardware.nodes} nodes; start the ranks with torchrun or Slurm (RANK is not set here)"
         )
+    for left_behind in folder.glob(".rendezvous-*"):  # by a run that was killed
+        left_behind.unlink(missing_ok=True)
     rendezvous = folder / f".rendezvous-{os.getpid()}"
-    rendezvous.unlink(missing_ok=True)
     world = hardware.ranks_per_node
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "nemo_cascade.launch", str(folder)],
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                RENDEZVOUS: str(rendezvous), "OMP_NUM_THREADS": str(hardware.threads_per_rank),
+                RENDEZVOUS: str(rendezvous), STARTED_BY: str(os.getpid()),
+                "OMP_NUM_THREADS": str(hardware.threads_per_rank),
             },
         )
         for rank in range(world)
@@ -137,16 +163,23 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
         chat = ChatTokenizer(run.tokenizer)
         learner = build_learner(run, chat)
         domains = stack.enter_context(build_domains(run, place))
+        earlier = seconds_before(folder)
         train(folder, run, place, learner, domains, chat)
         sha256 = learner.export(str(folder.hf))
         with timed(folder.path, "evaluation") if place.rank == 0 else nullcontext():
             evaluate(folder, run, place, learner, domains, chat)
-        seconds = time.monotonic() - started
+        seconds = earlier + time.monotonic() - started
         result = StageResult(run.stage, run.kind, run.key, "hf", sha256, run.config.num_steps, round(seconds, 1))
         ranks.gathered(True, everyone=True)  # every rank's part of the evaluation is on disk
         if place.rank == 0:
             folder.finish(result)
         ranks.gathered(True, everyone=True)
+
+
+def seconds_before(folder: StageFolder) -> float:
+    """Wall clock of the steps that earlier processes of a killed stage have finished."""
+    resumed = folder.newest_checkpoint() or 0
+    return sum(line.get("seconds/total", 0.0) for line in read_lines(folder.metrics) if line["step"] < resumed)
 
 
 def where() -> Place:
@@ -211,15 +244,15 @@ def build_refit(run: StageRun, folder: StageFolder):  # noqa: ANN201 - torch is 
 @contextmanager
 def build_domains(run: StageRun, place: Place) -> Iterator[Mapping[str, object]]:
     """Every domain the stage trains or is evaluated on, with the services they share; services end with the stage."""
+    from nemo_cascade.cascade.checks import needs_judge
     from nemo_cascade.domains import Services, load
 
     with ExitStack() as stack:
         judged = ["preference"] if run.config.data.judge_share else []
         names = list(dict.fromkeys([*run.config.data.domains, *run.config.evaluation.domains, *judged]))
-        trains_preference = isinstance(run.config, GrpoConfig) and "preference" in run.config.data.domains
         services = Services()
         stack.callback(services.close)
-        if trains_preference and run.config.judge is not None:
+        if needs_judge(run.config) and run.config.judge is not None:
             services.preference_judge = stack.enter_context(preference_judge(run.config.judge, place))
         domains = {name: load(name, services, run.config.data.options.get(name)) for name in names}
         yield {domain.name: domain for domain in domains.values()} | domains  # an outside domain has a path and a name
@@ -337,8 +370,8 @@ def evaluate(  # noqa: PLR0913 - what run_stage has built
         benchmark = stack.enter_context(Benchmark(config, domains, sampler, chat, run.hardware.reward_workers))
         labels: dict[str, str | None] = {"final": None}
         labels |= {f"step_{step:06d}": str(folder.weights(step)) for step in config.steps}
-        if run.init_folder is not None and run.config.init.partition(":")[0] in ("base", "hf"):
-            labels["init"] = run.init_folder
+        if run.init_folder is not None and folder.path.parent.resolve() not in Path(run.init_folder).resolve().parents:
+            labels["init"] = run.init_folder  # no stage of this cascade made these weights, so none has scored them
         for label, weights in labels.items():
             path = folder.evaluation(label)
             if ranks.gathered(path.exists(), everyone=True)[0]:

@@ -74,7 +74,9 @@ class Sampler(Protocol):
     version: int
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the request, completion) as each one finishes. Same requests, same weights: same completions."""
+        """Yield (index of the request, completion) as each one finishes. Same requests, same weights: same
+        completions.
+        """
 
     def load_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take Hugging Face named weights; all of them or, on an error, none."""
@@ -84,9 +86,9 @@ class Sampler(Protocol):
 
 
 LossFn = Callable[["torch.Tensor", Batch, Mapping[str, float]], tuple["torch.Tensor", Mapping[str, "torch.Tensor"]]]
-"""(log-probabilities [T] of batch.targets_T, or [T, V] of the whole vocabulary when `needs_logits`; batch; denominators) ->
-(loss, metrics). Loss and metrics are already divided by the denominators, so that adding them over micro-batches and ranks
-gives the value of the step; a metric whose name ends in `_max` is combined by its maximum."""
+"""(log-probabilities [T] of batch.targets_T, or [T, V] of the whole vocabulary when `needs_logits`; batch;
+denominators) -> (loss, metrics). Loss and metrics are already divided by the denominators, so that adding them over
+micro-batches and ranks gives the value of the step; a metric whose name ends in `_max` is combined by its maximum."""
 
 
 class Learner(Protocol):
@@ -102,7 +104,9 @@ class Learner(Protocol):
         """Hugging Face named tensors of the policy, one at a time."""
 
     def using(self, folder: str) -> AbstractContextManager[None]:
-        """Inside the context the parameters are those of a Hugging Face folder (teacher, reference); after it, bit-exact the policy's."""
+        """Inside the context the parameters are those of a Hugging Face folder (teacher, reference); after it,
+        bit-exact the policy's.
+        """
 
     def save(self, folder: str, step: int) -> None:
         """A complete training checkpoint at `folder`, or nothing."""
@@ -118,9 +122,10 @@ class Learner(Protocol):
 class Objective:
     """A loss with the denominators it needs.
 
-    `denominators` maps a batch of sequences of this rank to local sums; the Learner adds them over ranks and hands the totals to `loss`.
-    A key that begins with `local:` is not added: it counts something that lives on this rank only, such as one group.
-    `check` sees the metrics of the whole step before the optimizer moves anything, and raises UserError to abort the run.
+    `denominators` maps a batch of sequences of this rank to local sums; the Learner adds them over ranks and hands
+    the totals to `loss`. A key that begins with `local:` is not added: it counts something that lives on this rank
+    only, such as one group. `check` sees the metrics of the whole step before the optimizer moves anything, and
+    raises UserError to abort the run.
     """
 
     name: str

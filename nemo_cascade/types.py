@@ -20,7 +20,9 @@ Finish = Literal["stop", "length"]
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: one line that names the file, the key and the remedy. The CLI prints it and exits 2."""
+    """A mistake in the user's input: one line that names the file, the key and the remedy. The CLI prints it and
+    exits 2.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Task:
     """One row: the prompt, the tools, and what its verifier needs.
 
     `id` is unique within a domain and stable between runs. `truth` holds the verifier's fields under the names of the
-    released NeMo-Gym rows (`expected_answer`, `instruction_id_list`, `schema_str`, ...); only the task's own domain reads it.
+    released NeMo-Gym rows (`expected_answer`, `instruction_id_list`, `schema_str`, ...); only the task's own domain
+    reads it.
     """
 
     id: str
@@ -77,7 +80,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Invalid:
-    """No verdict: the infrastructure failed (judge down, wall clock expired). Leaves the baseline, the std and the loss."""
+    """No verdict: the infrastructure failed (judge down, wall clock expired). Leaves the baseline, the std and the
+    loss.
+    """
 
     reason: str
 
@@ -150,7 +155,8 @@ class Completion:
 class Rollout:
     """One sampled answer to one task: every token of the conversation, in the order the model saw them.
 
-    `loss_mask[t]` is 1 on sampled tokens; `logprobs[t]` is 0.0 and `versions[t]` -1 elsewhere. All four have equal length.
+    `loss_mask[t]` is 1 on sampled tokens; `logprobs[t]` is 0.0 and `versions[t]` -1 elsewhere. All four have equal
+    length.
     """
 
     task: Task
@@ -167,7 +173,8 @@ class Rollout:
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs), len(self.versions)}
         if len(lengths) != 1:
-            raise ValueError(f"rollout {self.task.id}#{self.sample}: per-token fields differ in length: {sorted(lengths)}")
+            name = f"{self.task.id}#{self.sample}"
+            raise ValueError(f"rollout {name}: per-token fields differ in length: {sorted(lengths)}")
 
     @property
     def num_sampled(self) -> int:

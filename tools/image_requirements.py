@@ -1,8 +1,9 @@
 """Which pinned requirements an image lacks: printed, one a line, for pip.
 
-NVIDIA's containers carry their own builds of torch, Transformer Engine, megatron-core and their friends; replacing
-one of them with a wheel from the public index breaks the others. So what is there stays, whatever its version, and is
-listed on stderr when the version differs from our pin.
+NVIDIA's containers carry their own builds of torch, Transformer Engine and their friends; replacing one of them with
+a wheel from the public index breaks the others. So what is there stays, whatever its version, and is listed on stderr
+when the version differs from our pin. Only what our lines are written against, OURS, is brought to the pin in any
+case.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from pathlib import Path
+
+OURS = ("megatron-core", "nemo-toolkit")
 
 
 def missing(lines: list[str]) -> tuple[list[str], list[str]]:
@@ -24,7 +27,9 @@ def missing(lines: list[str]) -> tuple[list[str], list[str]]:
         except metadata.PackageNotFoundError:
             wanted.append(line)
             continue
-        if present != version:
+        if present != version and name in OURS:
+            wanted.append(line)
+        elif present != version:
             notes.append(f"{name}: the image has {present}, tested with {version}")
     return wanted, notes
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_cascade import domains
@@ -14,7 +15,11 @@ from nemo_cascade.config.paths import hf_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.types import UserError
+
+SANDBOXED = ("code", "swe_agentless", "swe_agentic")
+"""Domains whose reward runs what the model wrote."""
 
 
 def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
@@ -31,6 +36,12 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"{origin}: key {key!r}: {value} is below 1")
+    for key in ("pipeline_parallel", "context_parallel"):
+        if sizes[key] != 1:
+            raise UserError(
+                f"{origin}: key {key!r}: {sizes[key]} is not supported by the Learner; set it to 1 and cut with "
+                "tensor_parallel and expert_parallel"
+            )
     ranks = hardware.world_size
     layout = hardware.tensor_parallel * hardware.pipeline_parallel * hardware.context_parallel
     if ranks % layout:
@@ -74,10 +85,10 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"{origin}: key 'max_sequence_tokens': {stage.max_sequence_tokens} is more than "
                 f"the model's {longest} positions or micro_batch_tokens {stage.micro_batch_tokens}"
             )
-        if stage.tokens_per_step < replicas * stage.max_sequence_tokens:
+        if stage.tokens_per_step < max(stage.max_sequence_tokens, replicas):
             raise UserError(
-                f"{origin}: key 'tokens_per_step': {stage.tokens_per_step} leaves less than one sequence of "
-                f"{stage.max_sequence_tokens} tokens for each of {replicas} replicas"
+                f"{origin}: key 'tokens_per_step': {stage.tokens_per_step} cannot hold one conversation of "
+                f"max_sequence_tokens {stage.max_sequence_tokens}"
             )
     if isinstance(stage, RolloutStage):
         if stage.prompts_per_step < 1 or stage.prompts_per_step % replicas:
@@ -86,6 +97,18 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
+        if needs_judge(stage) and (stage.judge is None or not (stage.judge.serve or stage.judge.url)):
+            raise UserError(
+                f"{origin}: key 'judge' is missing; groups of domain 'preference' are compared by a judge: set "
+                "judge.serve (hf:nano_judge, hf:PATH) or judge.url here or in the cascade file"
+            )
+
+
+def needs_judge(stage: StageBase) -> bool:
+    """Whether the stage asks the preference judge: one answer alone gets the rubric, several are compared."""
+    if not isinstance(stage, RolloutStage) or stage.mode == "train_only":
+        return False
+    return stage.group_size > 1 and "preference" in stage.data.domains
 
 
 def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
@@ -199,11 +222,25 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
                 yield f"{origin}: key {key!r}: no file {path}"
         source = graph.sources[name]
         if source.folder is not None and not (source.folder / "config.json").is_file():
-            yield f"{origin}: key 'init': {source.folder} is no Hugging Face folder (config.json is missing)"
+            where = f"{show(loaded.path)}: key 'base'" if stage.init == "base" else f"{origin}: key 'init'"
+            yield f"{where}: {source.folder} is no Hugging Face folder (config.json is missing)"
         if stage.judge is not None and stage.judge.serve:
             folder = hf_folder(stage.judge.serve)
             if not (folder / "config.json").is_file():
                 yield f"{origin}: key 'judge.serve': {folder} is no Hugging Face folder (config.json is missing)"
+
+
+def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
+    """Programs that these stages need and this machine does not have, one line each with the remedy."""
+    if shutil.which("bwrap") is not None:
+        return
+    for stage in stages:
+        scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()
+        if stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0:
+            scored |= set(stage.evaluation.domains)
+        for domain in SANDBOXED:
+            if domain in scored:
+                yield f"domain {domain!r} runs code in bubblewrap (bwrap), which is not installed; run `{INSTALL}`"
 
 
 def data_files(stage: StageBase) -> Iterator[tuple[str, Path]]:

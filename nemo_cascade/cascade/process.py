@@ -16,17 +16,21 @@ from types import FrameType
 
 from nemo_cascade.cascade.artifacts import StageFolder
 from nemo_cascade.cascade.lock import end_group, hand_over
-from nemo_cascade.config.paths import PACKAGE, explain_os_error
+from nemo_cascade.config.paths import PACKAGE, conf_dir, explain_os_error
 
 POLL_SECONDS = 0.1
+STARTED_BY = "NEMO_CASCADE_STARTED_BY"
+"""The id of the process that started a stage or a rank; who finds it gone ends too."""
 LAST_LINES = 200
+REASON = "error: "
 ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*")
 ENDED_BY = {signal.SIGKILL: "killed (out of memory, or by hand)", signal.SIGTERM: "asked to end"}
 
 
 def environment(threads: int) -> dict[str, str]:
     """The environment of a stage's process: this package importable, one compute thread per core it was given."""
-    path = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    checkout = [str(PACKAGE.parent)] if conf_dir().parent == PACKAGE.parent else []
+    path = [*checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -53,7 +57,7 @@ def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[s
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(threads),
+            env={**environment(threads), STARTED_BY: str(os.getpid())},
             start_new_session=True,
         )
         try:
@@ -97,15 +101,19 @@ def interruptible() -> Iterator[None]:
             signal.signal(sign, handler)
 
 
-def last_error(path: Path, returncode: int) -> str:
-    """What went wrong, in one line: the last line that looks like an error, else the last line at all."""
-    lines = [
-        line.strip()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        if line.strip()
-    ]
+def last_error(path: Path, returncode: int, start: int = 0) -> str:
+    """What went wrong, in one line, from what the log says after byte `start`, where this attempt began.
+
+    A stage's own `error:` line wins over tracebacks: when one rank stops with a reason, the others only complain that
+    it is gone. Else the last line that looks like an error, else the last line at all.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines()[-LAST_LINES:] if line.strip()]
+    reasons = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
     errors = [line for line in lines if ERROR_LINE.match(line)]
-    said = (errors or lines or ["it wrote nothing"])[-1]
+    said = (reasons[:1] or errors[-1:] or lines[-1:] or ["it wrote nothing"])[0]
     if returncode < 0:
         sign = signal.Signals(-returncode)
         how = ENDED_BY.get(sign, f"ended by {sign.name}")

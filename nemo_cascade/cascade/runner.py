@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_cascade.cascade import fingerprint, gates, teachers
+from nemo_cascade.cascade import checks, fingerprint, gates, teachers
 from nemo_cascade.cascade.artifacts import read_json, write_json
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.ledger import Ledger, read_ledger
@@ -53,6 +53,7 @@ def run(loaded: Loaded, options: Options, say: Say) -> Path:
         for name in wanted:
             say(f"{name}: {run.outlook(name)}")
         return loaded.folder
+    run.refuse_missing_programs(wanted)
     write_manifest(run.manifest)
     for position, name in enumerate(wanted, start=1):
         run.bring(name, f"[{position}/{len(wanted)}] {name}")
@@ -92,6 +93,11 @@ class Run:
         """The stage finished under its present key."""
         return self.folders[name].is_done(self.keys[name])
 
+    def refuse_missing_programs(self, wanted: list[str]) -> None:
+        """Stop before the first stage, not in the evaluation at its end."""
+        for line in checks.missing_programs(self.plan.stages[name] for name in wanted if not self.done(name)):
+            raise UserError(line)
+
     def outlook(self, name: str) -> str:
         """What `run` would do with a stage."""
         folder = self.folders[name]
@@ -121,11 +127,12 @@ class Run:
     def _launch(self, name: str, title: str) -> None:
         folder, started = self.folders[name], time.monotonic()
         folder.failed.unlink(missing_ok=True)
+        said_before = folder.log.stat().st_size if folder.log.exists() else 0
         code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, self.say)
         if self.done(name):
             self.say(f"{title}: finished in {time.monotonic() - started:.0f} s")
             return
-        cause = last_error(folder.log, code) if code else "it ended without its record"
+        cause = last_error(folder.log, code, said_before) if code else "it ended without its record"
         write_json(folder.failed, {"stage": name, "exit_code": code, "error": cause})
         raise StageFailed(f"stage {name} failed (exit code {code}): {cause}; the whole log is {folder.log}")
 

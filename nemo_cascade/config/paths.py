@@ -65,11 +65,16 @@ def write_atomic(path: Path, text: str) -> None:
         raise explain_os_error(error, path) from error
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk is full, or the user's quota, or the limit on a file's size (ulimit -f)."""
+
+
 def explain_os_error(error: OSError, path: Path) -> UserError:
     """An operating system's refusal as one line with its remedy."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM:
         return UserError(
-            f"{path.parent}: no space left while writing {path.name}; free space and run again, finished work is kept"
+            f"{path.parent}: no space left while writing {path.name} ({os.strerror(error.errno)}); free space and run "
+            "again, finished work is kept"
         )
     return UserError(
         f"{path}: cannot be written ({os.strerror(error.errno or 0)}); check the folder and its permissions"

@@ -1,7 +1,8 @@
-"""The knobs of a stage and of a cascade. Each lives once; an unknown key is an error; numbers carry their source in YAML.
+"""The knobs of a stage and of a cascade. Each lives once; an unknown key is an error; numbers carry their source in
+YAML.
 
-OmegaConf reads these as structured configs, which is why choices are strings checked in `__post_init__` and not Literals.
-A stage YAML holds exactly one of `SftConfig`, `GrpoConfig`, `MopdConfig`, chosen by its key `kind`.
+OmegaConf reads these as structured configs, which is why choices are strings checked in `__post_init__` and not
+Literals. A stage YAML holds exactly one of `SftConfig`, `GrpoConfig`, `MopdConfig`, chosen by its key `kind`.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ class DataConfig:
 
 @dataclass
 class GateConfig:
-    """Checked on `select` tasks when the stage is done: fails when gain < `min_gain` with the interval's upper end below it."""
+    """Checked on `select` tasks when the stage is done: fails when gain < `min_gain` with the interval's upper end
+    below it.
+    """
 
     domain: str = MISSING
     min_gain: float = 0.0  # against the checkpoint the stage started from
@@ -316,7 +319,9 @@ class TrackersConfig:
 
 @dataclass
 class CascadeConfig:
-    """The cascade in one object. `stages` are names of files below conf/stage (or paths); order is topological after `init`."""
+    """The cascade in one object. `stages` are names of files below conf/stage (or paths); order is topological after
+    `init`.
+    """
 
     name: str = MISSING
     model: str = MISSING  # conf/model/NAME.yaml or a path
@@ -332,7 +337,9 @@ class CascadeConfig:
 
 @dataclass
 class StageRun:
-    """`config.yaml` of a stage folder: everything `launch` needs to run one stage, all references resolved to folders."""
+    """`config.yaml` of a stage folder: everything `launch` needs to run one stage, all references resolved to
+    folders.
+    """
 
     cascade: str = MISSING
     stage: str = MISSING

@@ -8,13 +8,17 @@ otherwise.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import FACTS, NAMES
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
 from nemo_cascade.reward.judge import grade_equivalence
+from nemo_cascade.reward.math_equal import extract_boxed
 from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
+
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 
 def _make(rng: random.Random, keys: int, filler: int) -> Task:
@@ -116,9 +120,12 @@ class LongContext(SingleTurn):
 
 
 def _boxed(text: str) -> str:
-    """The content of the last \\boxed{}, else the text."""
-    _, mark, tail = text.rpartition("\\boxed{")
-    return tail.partition("}")[0] if mark else text
+    """The content of the last \\boxed{}, out of its \\text{} if it has one; the text itself when nothing is boxed."""
+    boxed = extract_boxed(text)
+    if boxed is None:
+        return text
+    wrapped = TEXT_COMMAND.fullmatch(boxed)
+    return wrapped.group(1) if wrapped else boxed
 
 
 DOMAIN = LongContext

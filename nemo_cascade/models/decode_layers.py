@@ -73,12 +73,13 @@ class Rows:
         inside_BT = torch.arange(longest) < torch.tensor(lengths)[:, None]
         return cls(lengths, longest, inside_BT.reshape(-1).nonzero().squeeze(1))
 
-    def pad(self, packed_N: torch.Tensor) -> torch.Tensor:
-        """[N, ...] to [B, T, ...], zeros in the padding."""
-        rest = packed_N.shape[1:]
-        grid = packed_N.new_zeros(len(self.lengths) * self.longest, *rest)
-        grid.index_copy_(0, self.grid_N, packed_N)
-        return grid.view(len(self.lengths), self.longest, *rest)
+    def pad(self, packed_N: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """[N, ...] to [B, before + T, ...], zeros in the padding and in the `before` first positions."""
+        rest, rows, length = packed_N.shape[1:], len(self.lengths), before + self.longest
+        grid = packed_N.new_zeros(rows * length, *rest)
+        place_N = self.grid_N + before * (self.grid_N // self.longest + 1) if before else self.grid_N
+        grid.index_copy_(0, place_N, packed_N)
+        return grid.view(rows, length, *rest)
 
     def pack(self, grid_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] back to [N, ...]."""
@@ -177,19 +178,20 @@ class MambaLayer:
     def prefill(self, x_N: torch.Tensor, rows: Rows, room: int) -> tuple[torch.Tensor, MambaState]:
         gate_N, mixed_N, dt_N = self._project(x_N)
         past = len(self.taps) - 1
-        padded = F.pad(rows.pad(mixed_N), (0, 0, past, 0))  # [B, k-1+T, C]
+        padded = rows.pad(mixed_N, before=past)  # [B, k-1+T, C]
         conv = self.conv_bias.expand(len(rows.lengths), rows.longest, -1).clone()
         for offset, tap in enumerate(self.taps):
             conv.addcmul_(padded[:, offset : offset + rows.longest], tap)
         x, b, c = silu(conv).split([self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
-        x = x.unflatten(-1, (self.heads, self.width))
+        heads = (self.groups, self.heads // self.groups)
+        x = x.unflatten(-1, (*heads, self.width))
         b, c = (part.unflatten(-1, (self.groups, self.state)) for part in (b, c))
-        y, ssm = chunked_scan(x, rows.pad(dt_N), self.decay, b, c, self.chunk)
-        y_N = rows.pack(torch.addcmul(y, x, self.skip)).flatten(1)
+        dt = rows.pad(dt_N).unflatten(-1, heads)
+        y, ssm = chunked_scan(x, dt, self.decay.view(heads), b, c, self.chunk)
+        y_N = rows.pack(torch.addcmul(y, x, self.skip.view(*heads, 1))).flatten(1)
         each = torch.arange(len(rows.lengths))
         lengths = torch.tensor(rows.lengths)
         window = [padded[each, lengths + offset] for offset in range(past)]
-        ssm = ssm.unflatten(1, (self.groups, self.heads // self.groups)).contiguous()
         return self._finish(x_N, y_N, gate_N), MambaState(window, ssm)
 
     def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int]) -> torch.Tensor:

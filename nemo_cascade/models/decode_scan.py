@@ -1,7 +1,7 @@
 """The Mamba-2 scan over whole prompts, in chunks (state space duality).
 
-Inside a chunk the recurrence h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = C_t h_t is a masked product like attention;
-between chunks only the state is carried. Cost is linear in T, and only T / chunk steps are sequential.
+Inside a chunk the recurrence h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = C_t h_t is a masked product like
+attention; between chunks only the state is carried. Cost is linear in T, and only T / chunk steps are sequential.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def chunked_scan(
     """
     length = x.shape[1]
     size = min(chunk, length)
-    log_decay = _chunks(dt * decay, size).cumsum(-1)  # [N, B, G, K, L]
+    log_decay = _chunks((dt * decay).unsqueeze(-1), size).squeeze(-1).cumsum(-1)  # [N, B, G, K, L]
     input_ = _chunks(x * dt.unsqueeze(-1), size)  # [N, B, G, K, L, P]
     b_chunks, c_chunks = _chunks(b, size), _chunks(c, size)  # [N, B, G, L, S]
     future = torch.ones(size, size, dtype=torch.bool).triu(1)
@@ -43,9 +43,8 @@ def chunked_scan(
 
 
 def _chunks(part: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, T, G, K, P] or [B, T, G, S] to [N, B, G, (K,) L, P or S]; [B, T, G, K] of one number per head to [.., K, L]."""
+    """[B, T, ..., D] to [chunks, B, ..., L, D], zeros after the end."""
     short = -part.shape[1] % size
     if short:
         part = F.pad(part, (0, 0) * (part.dim() - 2) + (0, short))
-    cut = part.unflatten(1, (-1, size)).transpose(0, 1)  # [N, B, L, G, ...]
-    return cut.movedim(2, -2 if cut.dim() == 6 else -2)
+    return part.unflatten(1, (-1, size)).transpose(0, 1).movedim(2, -2)

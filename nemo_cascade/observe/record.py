@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from nemo_cascade.config.paths import write_atomic
+from nemo_cascade.config.paths import explain_os_error, write_atomic
 from nemo_cascade.config.schema import TrackersConfig
 from nemo_cascade.observe.metrics import combine
 from nemo_cascade.observe.progress import ProgressLine
@@ -192,8 +192,11 @@ class RunRecord:
         if self.file is None:
             raise ValueError(f"{self.stage}: step {step} was recorded outside `for step in record.remaining(start)`")
         finite = {name: value for name, value in line.items() if math.isfinite(value)}
-        self.file.write(json.dumps({name: finite.get(name) for name in line}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({name: finite.get(name) for name in line}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise explain_os_error(error, self.folder / METRICS_FILE) from error
         scalars = {name: value for name, value in finite.items() if name != "step"}
         for tracker in self.trackers:
             tracker.log(step, scalars)

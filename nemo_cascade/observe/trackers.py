@@ -81,16 +81,23 @@ class Mlflow:
         except ImportError as error:
             remedy = "pip install mlflow-skinny, or remove the key"
             raise UserError(f"trackers.mlflow_uri: mlflow is not installed; {remedy}") from error
-        self.client = mlflow.MlflowClient(tracking_uri=uri)
+        try:
+            self.client = mlflow.MlflowClient(tracking_uri=uri)
+            self.run_id = self._find_run(folder, stage)
+        except mlflow.exceptions.MlflowException as error:
+            raise UserError(f"trackers.mlflow_uri: {uri}: {str(error).splitlines()[0]}") from error
+        self.metric_type = mlflow.entities.Metric
+
+    def _find_run(self, folder: Path, stage: str) -> str:
+        """The run that this stage folder already has, or a new one."""
         memory = folder / "mlflow_run.json"
         if memory.exists():
-            self.run_id = str(json.loads(memory.read_text())["run_id"])
-        else:
-            experiment = self.client.get_experiment_by_name("nemo_cascade")
-            known = experiment.experiment_id if experiment else self.client.create_experiment("nemo_cascade")
-            self.run_id = self.client.create_run(known, run_name=stage).info.run_id
-            memory.write_text(json.dumps({"run_id": self.run_id}))
-        self.metric_type = mlflow.entities.Metric
+            return str(json.loads(memory.read_text())["run_id"])
+        experiment = self.client.get_experiment_by_name("nemo_cascade")
+        known = experiment.experiment_id if experiment else self.client.create_experiment("nemo_cascade")
+        run_id: str = self.client.create_run(known, run_name=stage).info.run_id
+        memory.write_text(json.dumps({"run_id": run_id}))
+        return run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One batch per step: one request whatever the number of scalars."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,9 +110,10 @@ def slurm(config: ExecutorConfig, hardware: HardwareConfig, name: str) -> nemo_r
     import nemo_run
 
     folder = config.work_folder()
-    if RUN_DIRECTORY in str(folder):
-        # NeMo-Run replaces this text anywhere in a script by the job's folder when there is no container.
-        raise UserError(f"{folder}: NeMo-Run rewrites paths that contain {RUN_DIRECTORY!r}; work in another folder")
+    for path in (str(folder), os.environ.get("NEMORUN_HOME", "")):
+        if RUN_DIRECTORY in path:
+            # NeMo-Run replaces this text anywhere in a script by the job's folder when there is no container.
+            raise UserError(f"{path}: NeMo-Run rewrites paths that contain {RUN_DIRECTORY!r}; use another folder")
     several = hardware.nodes > 1
     mounts = [f"{folder}:{folder}", *config.container_mounts] if config.container_image else []
     optional = {"partition": config.partition, "qos": config.qos, "mem": config.mem, "setup_lines": config.setup_lines}
@@ -141,11 +143,11 @@ def tunnel(config: ExecutorConfig) -> nemo_run.LocalTunnel | nemo_run.SSHTunnel:
     """sbatch here, or on a login node over ssh."""
     import nemo_run
 
-    job_dir = str(config.work_folder() / ".nemo_run_jobs")
     if config.login_host is None:
-        return nemo_run.LocalTunnel(job_dir=job_dir)
+        return nemo_run.LocalTunnel(job_dir="")  # jobs start where NeMo-Run writes them: NEMORUN_HOME, on a shared disk
     if config.login_user is None:
         raise UserError("login_user is missing; it is needed with login_host")
+    job_dir = str(config.work_folder() / ".nemo_run_jobs")
     return nemo_run.SSHTunnel(host=config.login_host, user=config.login_user, job_dir=job_dir)
 
 

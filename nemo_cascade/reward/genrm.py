@@ -231,6 +231,8 @@ def grade_group(
 ) -> list[Outcome]:
     """Rewards of all answers to one prompt. An answer none of whose matches was judged is Invalid.
 
+    A single unreadable comparison counts as neutral. When none of the group can be read the judge is broken, or not a
+    judge at all, and every answer is Invalid: neutral verdicts alone would train the policy on length.
     `parts`: `base` is R_base, `unreadable` the share of its matches that stayed unreadable after all attempts.
     """
     options = options or GenRMOptions()
@@ -243,6 +245,8 @@ def grade_group(
     ]
     with ThreadPoolExecutor(min(options.workers, len(asked)), thread_name_prefix="judge") as pool:
         verdicts = list(pool.map(lambda messages: compare(judge, messages, options), asked))
+    if NEUTRAL in verdicts and not any(verdict.parsed for verdict in verdicts if isinstance(verdict, Verdict)):
+        return [Invalid(f"the judge's {len(verdicts)} answers hold no scores; is it a judge?") for _ in answers]
     base = base_scores(matches, verdicts, len(answers))
     judged = [index for index, score in enumerate(base) if score is not None]
     scores = [score for score in base if score is not None]

@@ -68,18 +68,31 @@ def fingerprint() -> Fingerprint:
     return found
 
 
+class Caught:
+    """Keeps what untrusted code raises, SystemExit included: all of it is a failed test and none of it ends the run."""
+
+    message = ""
+
+    def __enter__(self) -> Caught:
+        return self
+
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: object) -> bool:
+        if problem is not None:
+            text = str(problem).strip().partition("\n")[0]
+            self.message = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        return True
+
+
 def attempt(modules: dict[str, ModuleType | str], test: str) -> str:
-    """Load the test's file once and run it; whatever is raised, exits included, is a failure."""
+    """Load the test's file once and run it; an empty text when it passed, else why not."""
     path, *names = test.split("::")
-    try:
+    with Caught() as caught:
         if path not in modules:
             modules[path] = "its file does not load"
             modules[path] = load(path)
         module = modules[path]
-        return module if isinstance(module, str) else run_one(module, names)
-    except BaseException as problem:  # noqa: BLE001 - untrusted code: whatever it raises, SystemExit too, is a failed test
-        text = str(problem).strip().partition("\n")[0]
-        return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        caught.message = module if isinstance(module, str) else run_one(module, names)
+    return caught.message
 
 
 def main() -> None:

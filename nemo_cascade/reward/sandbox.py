@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import marshal
 import os
 import stat
 import threading
@@ -280,7 +281,7 @@ class Sandbox:
         itself has to know the right value all the same.
         """
         results: list[CallResult] = []
-        payloads = [([function.encode(), json.dumps(list(values)).encode()], "") for values in arguments]
+        payloads = [([function.encode(), marshal.dumps(list(values), 4)], "") for values in arguments]
         for result, value in self._each(b"call", source, payloads, limits):
             results.append(_call_result(result, value))
             if result.status == "wall_time" or (stop is not None and stop(len(results) - 1, results[-1])):

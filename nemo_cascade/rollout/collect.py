@@ -52,6 +52,11 @@ class Collected:
     sampling_seconds: float
     reward_seconds: float
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the step that its groups alone do not tell; this rank's, to be summed over ranks."""
+        line = {"groups_dropped": float(sum(self.dropped.values())), "refills": float(self.refills)}
+        return line | {f"groups_dropped/{reason}": float(count) for reason, count in self.dropped.items()}
+
 
 @dataclass
 class _Counts:

@@ -17,8 +17,8 @@ STEP_FORMAT = "step_{:06d}"
 class Checkpoints:
     """Resumable checkpoints every `save_every` steps (the newest one stays) and exported weights at `keep_steps`.
 
-    A folder counts only when the Learner has written it whole (it appears by a rename), so the newest one is always usable.
-    Only the first rank deletes.
+    A folder counts only when the Learner has written it whole (it appears by a rename), so the newest one is always
+    usable. Only the first rank deletes.
     """
 
     resumable: Path  # <stage>/checkpoints

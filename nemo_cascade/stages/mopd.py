@@ -1,4 +1,5 @@
-"""Multi-domain on-policy distillation (section 4.4, equations 2 to 4): each domain's strongest checkpoint scores its tokens.
+"""Multi-domain on-policy distillation (section 4.4, equations 2 to 4): each domain's strongest checkpoint scores its
+tokens.
 
 The loop is `grpo.py` with one visible difference: teachers' log-probabilities instead of rewards and advantages.
 Left out on purpose: outcome rewards, a group baseline, a KL term; so one rollout per prompt is enough.

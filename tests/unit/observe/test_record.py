@@ -268,3 +268,11 @@ def test_tokens_of_dropped_groups_count_for_the_speed(tmp_path: Path) -> None:
         line = record.step(step, {}, Collected([group(1.0, 0.0)]))
     assert line["tokens"] == 40 and line["rollouts"] == 2 and line["groups_dropped/all_equal"] == 2
     assert line["tokens_per_second"] == pytest.approx(40 / line["seconds/total"])
+
+
+def test_an_mlflow_that_refuses_is_the_user_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    record = RunRecord(tmp_path, "if_rl", 1, TrackersConfig(mlflow_uri=(tmp_path / "mlruns").as_uri()))
+    with pytest.raises(ValueError, match=r"trackers\.mlflow_uri: file:.* maintenance mode"):
+        next(record.remaining(0))

@@ -203,14 +203,34 @@ def test_a_group_is_graded_over_http() -> None:
 
 def test_rubbish_is_asked_again_then_neutral_and_counted() -> None:
     options = GenRMOptions(reasoning_length_coefficient=0, answer_length_coefficient=0, answer_bonus=0)
+
+    def puzzled_by_z(messages: list[dict[str, str]]) -> str:
+        return "no idea" if "z" in str(messages) else '{"score_1": 2, "score_2": 5, "ranking": 6}'
+
+    with JudgeServer(puzzled_by_z) as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y"), Answer("z")], options)
+        assert server.calls == 1 + 2 * 3
+    assert outcomes[2] == Scored(3.0, {"base": 3.0, "matches": 2.0, "unreadable": 1.0}, "mean of 2 comparisons")
+    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [2.5, 4.0, 3.0]
+
+
+def test_a_judge_that_only_talks_rubbish_invalidates_the_group() -> None:
     with JudgeServer(lambda _: "no idea") as server, Judge(server.url, "nano", timeout_s=10) as judge:
-        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], options)
+        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], GenRMOptions())
         assert server.calls == 3
-    for outcome in outcomes:
-        assert outcome == Scored(3.0, {"base": 3.0, "matches": 1.0, "unreadable": 1.0}, "mean of 1 comparisons")
+    assert outcomes == [Invalid("the judge's 1 answers hold no scores; is it a judge?")] * 2
 
 
 def test_a_judge_that_is_down_invalidates_the_group() -> None:
     with Judge("http://127.0.0.1:9", "nano", timeout_s=0.5, retries=0) as judge:
         outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], GenRMOptions())
     assert all(isinstance(outcome, Invalid) and "gave no answer" in outcome.reason for outcome in outcomes)
+
+
+def test_swapping_cancels_a_position_bias() -> None:
+    options = GenRMOptions(swap=True, reasoning_length_coefficient=0, answer_length_coefficient=0, answer_bonus=0)
+    verdict = json.dumps({"score_1": 5, "score_2": 1, "ranking": 1})
+    with JudgeServer(lambda _: verdict) as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], options)
+        assert server.calls == 2
+    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [3.0, 3.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.reward import bubblewrap
+from nemo_cascade.reward.fork_server import to_json
 from nemo_cascade.reward.sandbox import File, Limits, Sandbox
 from nemo_cascade.types import UserError
 
@@ -250,6 +252,17 @@ def test_functions_return_values(sandbox: Sandbox) -> None:
     assert sandbox.call_function("def g(): pass", "f", [[]], FAST)[0].error == "KeyError: 'f'"
 
 
+def test_values_come_back_as_json_says() -> None:
+    values = [None, True, -3, 1.5, 1e300, 'a"\\\n\u00e9\U0001f600\ud800', [1, [2, {}]], {"k": [None], "": ""}, 10**40]
+    for value in values:
+        assert json.loads(to_json(value)) == value
+    assert to_json({1: (2,), None: {3, 1}, 2.5: range(2)}) == '{"1": [2], "null": [1, 3], "2.5": [0, 1]}'
+    assert json.loads(to_json([float("inf"), -float("inf")])) == [float("inf"), -float("inf")]
+    for value in (object(), {(1, 2): 3}, {1, "a"}):
+        with pytest.raises(TypeError):
+            to_json(value)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -286,8 +299,9 @@ def test_session_keeps_files_and_ends_processes(sandbox: Sandbox) -> None:
         assert session.run(["sed", "-i", "s/one/two/", "a/b.txt"], limits=FAST).status == "ok"
         assert session.run(["python", "-c", "print(open('a/b.txt').read(), end='')"], limits=FAST).stdout == "two\n"
         assert session.run(["nothing-like-this"], limits=FAST).exit_code == 127
+        assert session.run(["chmod", "0", "a/b.txt"], limits=FAST).status == "ok"
         assert session.run(["cat"], stdin="typed", limits=FAST).stdout == "typed"
-        assert session.read() == {"a/b.txt": File(b"two\n", 0o644), "go.sh": File(b"#!/bin/sh\ncat a/b.txt\n", 0o755)}
+        assert session.read() == {"a/b.txt": File(b"two\n", 0), "go.sh": File(b"#!/bin/sh\ncat a/b.txt\n", 0o755)}
 
 
 def test_files_cannot_be_placed_outside(sandbox: Sandbox) -> None:

@@ -87,6 +87,17 @@ class EchoDomain(SingleTurn):
         return Scored(1.0 if answer == task.truth["word"] else 0.0)
 
 
+class LengthDomain(EchoDomain):
+    """Reward 1 for an answer of even length: random weights earn it about half of the time."""
+
+    def __init__(self, delay_s: float) -> None:
+        super().__init__(delay_s=delay_s)
+
+    def score(self, task: Task, transcript: Transcript) -> Outcome:
+        time.sleep(self.delay_s * (len(transcript.final.content) % 3))
+        return Scored(float(len(transcript.final.content) % 2 == 0))
+
+
 class RankDomain(SingleTurn):
     """Rewards that depend on the whole group: the longest answer wins."""
 

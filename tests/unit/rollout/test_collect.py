@@ -11,8 +11,18 @@ from nemo_cascade.config.schema import FiltersConfig, SamplingConfig
 from nemo_cascade.protocols import Domain
 from nemo_cascade.rollout.collect import Collector
 from nemo_cascade.rollout.conversation import request_seed
+from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.types import Invalid, Message, Scored, Task, UserError
-from tests.unit.rollout.standins import CountDomain, EchoDomain, RankDomain, ScriptedSampler, nano_chat
+from tests.unit.rollout.standins import (
+    CountDomain,
+    EchoDomain,
+    LengthDomain,
+    RankDomain,
+    ScriptedSampler,
+    nano_chat,
+    random_weights,
+    tiny_config,
+)
 
 CHAT = nano_chat()
 
@@ -119,7 +129,7 @@ def test_dynamic_filtering_replaces_groups_until_the_batch_is_full() -> None:
     collected = play.collect(give(first, second), 3, 8, seed=1, step=0)
     assert [group.task.id for group in collected.groups] == ["echo-fox", "echo-owl", "echo-elk"]
     assert collected.dropped == {"all_equal": 3}
-    assert collected.refills == 1
+    assert collected.metrics() == {"groups_dropped": 3.0, "groups_dropped/all_equal": 3.0, "refills": 1.0}
     assert collected.rollouts == 6 * 8
     batches = [len(batch) for batch in play.sampler.batches]
     assert batches == [24, 16, 8]  # 2 replacements (easy3, owl), then one more (elk)
@@ -196,3 +206,22 @@ def test_evaluation_keeps_every_rollout_of_every_task() -> None:
 def test_an_unknown_domain_is_named() -> None:
     with pytest.raises(UserError, match="no domain 'echo' is loaded"):
         collector([RankDomain()], half_right).collect(give([echo("fox")]), 1, 2, 0, 0)
+
+
+def test_a_step_is_the_same_whatever_the_batch_size_and_the_timing() -> None:
+    """With the local sampler and verdicts that come late: the same tokens, log-probabilities and kept groups."""
+    config = tiny_config()
+    tasks = [echo(word) for word in ("fox", "owl", "elk")]
+    found = []
+    for max_batch, workers, delay_s in ((32, 1, 0.0), (5, 4, 0.01)):
+        sampler = LocalSampler(config, max_batch=max_batch)
+        sampler.load_weights(iter(random_weights(config, scale=0.15).items()), 2)
+        domains = {"echo": LengthDomain(delay_s)}
+        sampling = SamplingConfig(max_new_tokens=9, top_p=0.95, temperature=1.2)
+        play = Collector(domains, sampler, CHAT, sampling, FiltersConfig(dynamic=True), workers)
+        found.append(play.collect(give(tasks, tasks, tasks), 3, 6, seed=8, step=1))
+        play.close()
+    for one, other in zip(found[0].groups, found[1].groups, strict=True):
+        for mine, theirs in zip(one.rollouts, other.rollouts, strict=True):
+            assert (mine.token_ids, mine.logprobs, mine.outcome) == (theirs.token_ids, theirs.logprobs, theirs.outcome)
+    assert found[0].dropped == found[1].dropped
