@@ -1,6 +1,6 @@
 """One GRPO step by hand: tasks -> rollouts -> rewards -> advantages -> loss -> update -> refit. About 20 seconds.
 
-    python examples/01_one_grpo_step.py
+python examples/01_one_grpo_step.py
 """
 
 from nemo_cascade.algorithms.advantage import group_relative

@@ -1,6 +1,6 @@
 """A domain in one file outside the package (`reverse_words.py`), taught by SFT and sharpened by GRPO. About 40 seconds.
 
-    python examples/02_add_a_domain.py
+python examples/02_add_a_domain.py
 """
 
 import json

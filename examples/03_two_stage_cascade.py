@@ -1,6 +1,6 @@
 """A cascade of two stages, run, resumed and read from Python. About 40 seconds.
 
-    python examples/03_two_stage_cascade.py
+python examples/03_two_stage_cascade.py
 """
 
 import tempfile

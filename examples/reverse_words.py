@@ -32,7 +32,8 @@ class ReverseWords(SingleTurn):
 
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
         """Rows with `expected_answer`."""
-        return make_task(self.name, rows.input_messages(row, row_id), {"expected_answer": rows.field(row, "expected_answer", str, row_id)})
+        expected = rows.field(row, "expected_answer", str, row_id)
+        return make_task(self.name, rows.input_messages(row, row_id), {"expected_answer": expected})
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
         """A pure function of task and transcript."""
@@ -53,4 +54,8 @@ class ReverseWords(SingleTurn):
         def case(content: str, reward: float, because: str) -> Case:
             return Case(task, Transcript((Message("assistant", content),)), reward, because)
 
-        return [case("road cup", 1.0, "reversed"), case("cup road", 0.0, "as given"), case("road", 0.0, "a word is missing")]
+        return [
+            case("road cup", 1.0, "reversed"),
+            case("cup road", 0.0, "as given"),
+            case("road", 0.0, "a word is missing"),
+        ]

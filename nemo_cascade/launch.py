@@ -1,16 +1,14 @@
 """Runs ONE stage: `python -m nemo_cascade.launch STAGE_FOLDER`. The only place that picks backends.
 
-The folder's config.yaml says everything. On one machine this process starts the Learner's ranks itself; under torchrun or
-Slurm (RANK is set) it is a rank. A stage that was killed goes on from its newest checkpoint; a stage that is done does nothing.
+The folder's config.yaml says everything. On one machine this process starts the Learner's ranks itself; under torchrun
+or Slurm (RANK is set) it is a rank. A stage that was killed goes on from its newest checkpoint; a stage that is done
+does nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -21,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cascade.cascade.artifacts import StageFolder, read_lines
+from nemo_cascade.cascade.local_ranks import RENDEZVOUS, die_with_parent, start_ranks
 from nemo_cascade.cascade.lock import locked
-from nemo_cascade.cascade.lock import born
-from nemo_cascade.cascade.process import STARTED_BY
 from nemo_cascade.config.paths import NO_ROOM, explain_os_error
-from nemo_cascade.config.schema import HardwareConfig, JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
+from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.types import StageResult, UserError
 
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("nemo_cascade")
 EXIT_USER_ERROR = 2
-PR_SET_PDEATHSIG = 1
-RENDEZVOUS = "NEMO_CASCADE_RENDEZVOUS"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("usage: python -m nemo_cascade.launch STAGE_FOLDER\n")
         return EXIT_USER_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("megatron", "nemo_logger", "torch.distributed"):
+    for chatty in ("megatron", "nemo_logger", "torch.distributed", "nv_one_logger"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|nemo)\.")
     die_with_parent()
@@ -77,66 +72,9 @@ def tell(problem: str) -> int:
     return EXIT_USER_ERROR
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process with its parent, so that a killed run leaves no rank behind (Linux only).
-
-    A parent that died before the kernel was asked is found by its id, which it passed down as STARTED_BY.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = os.environ.get(STARTED_BY)
-        if parent is not None and born(int(parent)) == 0:
-            sys.exit(128 + signal.SIGKILL)
-
-
-def start_ranks(folder: Path, hardware: HardwareConfig) -> int:
-    """Start one process per rank on this machine and wait; the first failure ends them all.
-
-    Ranks meet in a file and not at a port: nothing can be in use, and two cascades can run side by side.
-    """
-    if hardware.nodes > 1:
-        raise UserError(
-            f"hardware {hardware.name}: {hardware.nodes} nodes; start the ranks with torchrun or Slurm (RANK is not set here)"
-        )
-    for left_behind in folder.glob(".rendezvous-*"):  # by a run that was killed
-        left_behind.unlink(missing_ok=True)
-    rendezvous = folder / f".rendezvous-{os.getpid()}"
-    world = hardware.ranks_per_node
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "nemo_cascade.launch", str(folder)],
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                RENDEZVOUS: str(rendezvous), STARTED_BY: str(os.getpid()),
-                "OMP_NUM_THREADS": str(hardware.threads_per_rank),
-            },
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        return wait_for(ranks)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-        rendezvous.unlink(missing_ok=True)
-
-
-def wait_for(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """The first non-zero exit status, or 0 when all ranks are done."""
-    while True:
-        codes = [process.poll() for process in ranks]
-        failed = next((code for code in codes if code), None)
-        if failed is not None:
-            return failed if failed > 0 else 128 - failed
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(0.05)
-
-
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` is true on the replica's first rank."""
+    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` on the replica's first rank."""
 
     rank: int
     replica: int
@@ -191,7 +129,7 @@ def where() -> Place:
     return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), leads)
 
 
-def build_learner(run: StageRun, chat: ChatTokenizer):  # noqa: F821, ANN201 - torch is imported inside
+def build_learner(run: StageRun, chat: ChatTokenizer):
     """The policy from the folder the stage starts from, or from random weights."""
     from nemo_cascade.algorithms.kept import RAW, Distribution
     from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
@@ -210,7 +148,7 @@ def build_learner(run: StageRun, chat: ChatTokenizer):  # noqa: F821, ANN201 - t
     return MegatronLearner(NemotronHConfig(**run.model), settings, run.init_folder, seed=run.seed)
 
 
-def build_sampler(run: StageRun):  # noqa: ANN201 - torch is imported inside
+def build_sampler(run: StageRun):
     """The Sampler that the hardware file names."""
     from nemo_cascade.models.config import NemotronHConfig
 
@@ -223,14 +161,14 @@ def build_sampler(run: StageRun):  # noqa: ANN201 - torch is imported inside
         from nemo_cascade.rollout.remote import RemoteSampler
 
         if hardware.sampler_url is None:
-            raise UserError(f"hardware {hardware.name}: sampler remote needs sampler_url, the address of a running server")
+            raise UserError(f"hardware {hardware.name}: sampler remote needs sampler_url, a running server's address")
         return RemoteSampler(hardware.sampler_url)
     from nemo_cascade.rollout.trtllm import TrtLlmSampler
 
     return TrtLlmSampler(run.model)
 
 
-def build_refit(run: StageRun, folder: StageFolder):  # noqa: ANN201 - torch is imported inside
+def build_refit(run: StageRun, folder: StageFolder):
     """How weights reach the Sampler."""
     if run.hardware.refit == "memory":
         from nemo_cascade.refit.memory import MemoryRefit
@@ -277,14 +215,21 @@ def preference_judge(config: JudgeConfig, place: Place) -> Iterator[object]:
                 url = f"{server.url}/v1"
             url = ranks.gathered(url, everyone=True)[0]
         if url is None:
-            raise UserError("judge: neither `serve` (a checkpoint) nor `url` is set; the preference domain needs one of them")
+            raise UserError(
+                "judge: neither `serve` (a checkpoint) nor `url` is set; domain preference needs one of them"
+            )
         judge = Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries)
         stack.callback(judge.close)
         yield PreferenceJudge(judge, config)
 
 
-def train(  # noqa: PLR0913 - what run_stage has built
-    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer,  # noqa: ANN001, F821
+def train(
+    folder: StageFolder,
+    run: StageRun,
+    place: Place,
+    learner,
+    domains,
+    chat: ChatTokenizer,
 ) -> None:
     """The loop of the stage's kind, with everything it needs."""
     from nemo_cascade.learner import ranks
@@ -309,7 +254,14 @@ def train(  # noqa: PLR0913 - what run_stage has built
 
 
 def train_on_rollouts(  # noqa: PLR0913 - what train has built
-    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer, record, checkpoints,  # noqa: ANN001, F821
+    folder: StageFolder,
+    run: StageRun,
+    place: Place,
+    learner,
+    domains,
+    chat: ChatTokenizer,
+    record,
+    checkpoints,
 ) -> None:
     """Build the task stream, the sampler and the refit, and run grpo or mopd."""
     from nemo_cascade.data.tasks import PromptLimit, task_stream
@@ -319,6 +271,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
 
     config = run.config
     limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens)
+    record.task_counts = limit.metrics
     tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
     sampler, refit = build_sampler(run), build_refit(run, folder)
     with ExitStack() as stack:
@@ -328,11 +281,15 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
         else:
             collector = None
             if place.leads:
-                collector = Collector(domains, sampler, chat, config.sampling, config.filters, run.hardware.reward_workers)
+                collector = Collector(
+                    domains, sampler, chat, config.sampling, config.filters, run.hardware.reward_workers
+                )
                 collector.timer = record.timer
                 stack.callback(collector.close)
             share = None if place.replicas == run.hardware.world_size else share_in_replica
-            source = SampledRollouts(collector, config.prompts_per_step // place.replicas, config.group_size, run.seed, share)
+            source = SampledRollouts(
+                collector, config.prompts_per_step // place.replicas, config.group_size, run.seed, share
+            )
         if isinstance(config, MopdConfig):
             mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, run.teacher_folders)
         else:
@@ -343,7 +300,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
         LOG.info("%s: prompts over sampling.max_prompt_tokens were dropped: %s", run.stage, dropped)
 
 
-def share_in_replica(found):  # noqa: ANN001, ANN201 - rollout.source.Share
+def share_in_replica(found):
     """The leader's groups for every rank of its replica."""
     import torch.distributed as dist
     from megatron.core import parallel_state as state
@@ -354,10 +311,15 @@ def share_in_replica(found):  # noqa: ANN001, ANN201 - rollout.source.Share
     return next(value for value in values if value is not None)
 
 
-def evaluate(  # noqa: PLR0913 - what run_stage has built
-    folder: StageFolder, run: StageRun, place: Place, learner, domains, chat: ChatTokenizer,  # noqa: ANN001, F821
+def evaluate(
+    folder: StageFolder,
+    run: StageRun,
+    place: Place,
+    learner,
+    domains,
+    chat: ChatTokenizer,
 ) -> None:
-    """Score the final checkpoint, those at `evaluation.steps`, and weights that no stage made, if that is not done yet."""
+    """Score the final checkpoint, those at `evaluation.steps`, and weights no stage made, if that is not done yet."""
     from nemo_cascade.evaluation.benchmark import Benchmark
     from nemo_cascade.learner import ranks
 

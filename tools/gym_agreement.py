@@ -95,7 +95,7 @@ def recorded(folder: Path) -> list[str]:
     """The environments with recorded rollouts below gym/."""
     found = sorted(path.name.removesuffix(RECORDED) for path in (folder / "gym").glob(f"*{RECORDED}"))
     if not found:
-        raise UserError(f"{folder / 'gym'}: no *{RECORDED} there; point NEMO_CASCADE_DATA at the folder that holds gym/")
+        raise UserError(f"{folder / 'gym'}: no *{RECORDED} there; NEMO_CASCADE_DATA must name the folder of gym/")
     return found
 
 
@@ -204,8 +204,9 @@ def page(lines: Sequence[Line], explained: Mapping[tuple[str, int], str]) -> str
         why = "" if line.agrees else explained.get((line.name, line.index), "UNEXPLAINED")
         cells = (line.name, str(line.index), _number(line.theirs), _number(line.ours), verdict, line.reason, why)
         text.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    names = dict.fromkeys(line.name for line in lines)
     text += ["", "What a comparison rests on:", ""]
-    text += [f"- `{name}`: {PREMISES[name]}." for name in dict.fromkeys(line.name for line in lines) if name in PREMISES]
+    text += [f"- `{name}`: {PREMISES[name]}." for name in names if name in PREMISES]
     return "\n".join(text) + "\n"
 
 

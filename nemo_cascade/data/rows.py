@@ -16,6 +16,32 @@ T = TypeVar("T")
 KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", bool: "true or false", float: "a number"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
+AGENTS = {
+    "instruction_following": "instruction_following",
+    "mcqa": "mcqa",
+    "workplace_assistant": "tool_use",
+    "single_step_tool_use": "tool_use",
+    "structured_outputs": "structured_output",
+    "math_with_judge": "math",
+    "library_judge_math": "math",
+    "equivalence_llm_judge": "long_context",
+    "genrm": "preference",
+    "code_gen": "code",
+    "comp_coding": "code",
+    "swerl_gen": "swe_agentless",
+    "swerl_llm_judge": "swe_agentless",
+    "swe_agents": "swe_agentic",
+    "swe": "swe_agentic",
+}
+"""How the `agent_ref.name` of a released row begins -> our domain. Longer names are tried first."""
+
+
+def agent_domain(row: Mapping[str, Json]) -> str | None:
+    """The domain that grades the agent in a row's `agent_ref`; None without one, or for an agent nobody here knows."""
+    agent = row.get("agent_ref")
+    name = str(agent.get("name", "")) if isinstance(agent, Mapping) else ""
+    return next((AGENTS[prefix] for prefix in sorted(AGENTS, key=len, reverse=True) if name.startswith(prefix)), None)
+
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Json]]]:
     """(`file:line`, row) of each non-empty line; UserError names the line that is no JSON object."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nemo_cascade.config.schema import DataConfig
 from nemo_cascade.data.mixture import check_weights, slots
-from nemo_cascade.data.rows import read_jsonl
+from nemo_cascade.data.rows import AGENTS, agent_domain, read_jsonl
 from nemo_cascade.protocols import Domain
 from nemo_cascade.types import Split, Task, UserError
 
@@ -33,6 +33,11 @@ class PromptLimit:
             self._seen.add(task.id)
             self.dropped[task.domain] += 1
         return fits
+
+    def metrics(self) -> dict[str, float]:
+        """The counts so far for metrics.jsonl: all of them, and by domain where there are any."""
+        line = {"prompts_dropped": float(self.dropped.total())}
+        return line | {f"prompts_dropped/{domain}": float(count) for domain, count in sorted(self.dropped.items())}
 
 
 class TaskSource(Protocol):
@@ -69,19 +74,38 @@ class GeneratedTasks:
 
 
 class FileTasks:
-    """Released rows, each epoch in another order; duplicates are read once."""
+    """Released rows, each epoch in another order; duplicates are read once.
+
+    Some released files mix domains: a row whose `agent_ref` names another one is left to that domain. `skipped` counts
+    those rows by domain, `too_long` the rows over the prompt limit.
+    """
 
     def __init__(self, domain: Domain, paths: Sequence[str], limit: PromptLimit | None = None) -> None:
         self._name = domain.name
+        self.skipped: Counter[str] = Counter()
+        self.too_long = 0
         found: dict[str, Task] = {}
         for path in paths:
             for where, row in read_jsonl(path):
+                owner = agent_domain(row)
+                if owner is not None and owner != domain.name and domain.name in AGENTS.values():
+                    self.skipped[owner] += 1
+                    continue
                 task = domain.parse_row(row, where)
                 if limit is None or limit.keeps(task):
                     found.setdefault(task.id, task)
+                else:
+                    self.too_long += 1
         if not found:
-            raise UserError(f"data.files.{domain.name}: no row of {', '.join(paths)} is left after the prompt limit")
+            raise UserError(f"data.files.{domain.name}: {self._why_empty(paths)}")
         self.tasks = list(found.values())
+
+    def _why_empty(self, paths: Sequence[str]) -> str:
+        """Where the rows went, and what would bring some back."""
+        gone = [f"{count} are {domain} rows by their agent_ref" for domain, count in sorted(self.skipped.items())]
+        if self.too_long:
+            gone.append(f"{self.too_long} prompts are over sampling.max_prompt_tokens; raise it")
+        return f"no row of {', '.join(paths)} is left: {'; '.join(gone) or 'there are none'}"
 
     def take(self, position: int, count: int, seed: int, without: Collection[str]) -> list[Task]:
         """The next rows at `position` of the endless shuffled order; fewer when the file has no others."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from nemo_cascade.data.rows import AGENTS, agent_domain
 from nemo_cascade.data.splits import content_id, task_content
 from nemo_cascade.protocols import Domain
 from nemo_cascade.types import Json, Message, Outcome, Scored, Task, Tool, Transcript, UserError
@@ -192,25 +193,6 @@ def _nearest(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-AGENTS = {
-    "instruction_following": "instruction_following",
-    "mcqa": "mcqa",
-    "workplace_assistant": "tool_use",
-    "single_step_tool_use": "tool_use",
-    "structured_outputs": "structured_output",
-    "math_with_judge": "math",
-    "library_judge_math": "math",
-    "equivalence_llm_judge": "long_context",
-    "genrm": "preference",
-    "code_gen": "code",
-    "comp_coding": "code",
-    "swerl_gen": "swe_agentless",
-    "swerl_llm_judge": "swe_agentless",
-    "swe_agents": "swe_agentic",
-    "swe": "swe_agentic",
-}
-"""How the `agent_ref.name` of a released row begins -> our domain. Longer names are tried first."""
-
 FIELDS = (
     ("instruction_id_list", "instruction_following"),
     ("schema_str", "structured_output"),
@@ -225,12 +207,12 @@ FIELDS = (
 
 def for_row(row: Mapping[str, Json]) -> str:
     """The domain of a released NeMo-Gym row, from its `agent_ref`, else from the verifier field it carries."""
+    owner = agent_domain(row)
+    if owner is not None:
+        return owner
     agent = row.get("agent_ref")
     if isinstance(agent, Mapping):
         name = str(agent.get("name", ""))
-        for prefix in sorted(AGENTS, key=len, reverse=True):
-            if name.startswith(prefix):
-                return AGENTS[prefix]
         raise UserError(f"agent_ref.name {name!r}: no domain grades this agent; known: {', '.join(AGENTS)}")
     for key, domain in FIELDS:
         if row.get(key) not in (None, "", []):

@@ -32,7 +32,12 @@ class Benchmark:
     """
 
     def __init__(
-        self, config: EvaluationConfig, domains: Mapping[str, Domain], sampler: Sampler, chat: ChatTokenizer, workers: int
+        self,
+        config: EvaluationConfig,
+        domains: Mapping[str, Domain],
+        sampler: Sampler,
+        chat: ChatTokenizer,
+        workers: int,
     ) -> None:
         self.config = config
         self.tasks = [
@@ -59,7 +64,9 @@ class Benchmark:
     @staticmethod
     def write(path: Path, rows: Sequence[Row]) -> None:
         """The evaluation file of one checkpoint, complete or absent."""
-        ordered = sorted(rows, key=lambda row: (str(row["domain"]), str(row["split"]), str(row["mode"]), str(row["task_id"])))
+        ordered = sorted(
+            rows, key=lambda row: (str(row["domain"]), str(row["split"]), str(row["mode"]), str(row["task_id"]))
+        )
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in ordered))
 
 

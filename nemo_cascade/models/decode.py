@@ -81,13 +81,8 @@ class Cache:
 
         Costs a copy of the moved rows only, which matters because at nearly every step of a large batch some row ends.
         """
-        gone = set(rows)
-        size = len(self.lengths) - len(gone)
-        holes = [row for row in sorted(gone) if row < size]
-        movers = [row for row in range(size, len(self.lengths)) if row not in gone]
-        order = list(range(size))
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
+        order, holes, movers = compaction(len(self.lengths), rows)
+        size = len(order)
         source, target = torch.tensor(movers, dtype=torch.int64), torch.tensor(holes, dtype=torch.int64)
         for state in self.states:
             state.move(source, target, size)
@@ -103,6 +98,18 @@ class Cache:
         columns = zip(*(cache.states for cache in caches), strict=True)
         lengths = [length for cache in caches for length in cache.lengths]
         return cls(lengths, [column[0].join(column[1:]) for column in columns])
+
+
+def compaction(count: int, rows: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """How to remove `rows` of `count` by moving the last ones into the holes: (old row of each new row, holes, movers)."""
+    gone = set(rows)
+    size = count - len(gone)
+    holes = [row for row in sorted(gone) if row < size]
+    movers = [row for row in range(size, count) if row not in gone]
+    order = list(range(size))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    return order, holes, movers
 
 
 PREFILL_POSITIONS = 16384  # padded positions read at once; bounds the memory of a prefill

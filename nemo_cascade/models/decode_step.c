@@ -99,7 +99,8 @@ static void add_rows(int64_t rows, int64_t width, const float *y, int64_t y_stri
 /* ---- Mamba-2 ---- */
 static void mamba_row(const Config *c, const float *w, const int64_t *at, const float *projected, float *window,
                       float *ssm, float *conv, float *y) {
-    int64_t inner = c->mamba_heads * c->mamba_width, bc = c->groups * c->state, channels = inner + 2 * bc;
+    int64_t width = c->mamba_width, inner = c->mamba_heads * width, bc = c->groups * c->state;
+    int64_t channels = inner + 2 * bc, group_width = inner / c->groups;
     const float *gate = projected, *mixed = projected + inner, *dt_raw = mixed + channels;
     const float *tap = w + at[CONV], *bias = w + at[CONV_BIAS];
     memcpy(conv, bias, channels * sizeof(float));
@@ -115,21 +116,20 @@ static void mamba_row(const Config *c, const float *w, const int64_t *at, const 
         float raw = dt_raw[head] + w[at[DT_BIAS] + head];
         float dt = (raw > 0.0f ? raw : 0.0f) + log1pf(expf(-fabsf(raw)));
         float keep = expf(dt * w[at[DECAY] + head]), skip = w[at[SKIP] + head];
-        for (int64_t p = 0; p < c->mamba_width; p++) {
-            float x = conv[head * c->mamba_width + p], in = x * dt, sum = 0.0f;
-            float *h = ssm + (head * c->mamba_width + p) * state;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t s = 0; s < state; s++) {
-                h[s] = h[s] * keep + in * b[s];
-                sum += h[s] * cc[s];
+        float *restrict h = ssm + head * width * state, *restrict out = y + head * width;
+        const float *restrict x = conv + head * width;
+        for (int64_t p = 0; p < width; p++) out[p] = x[p] * skip;
+        for (int64_t s = 0; s < state; s++, h += width) { /* the state is held as [S][P]: no sum across lanes */
+            float in = dt * b[s], read = cc[s];
+            for (int64_t p = 0; p < width; p++) {
+                h[p] = h[p] * keep + in * x[p];
+                out[p] += h[p] * read;
             }
-            y[head * c->mamba_width + p] = sum + x * skip;
         }
     }
     for (int64_t i = 0; i < inner; i++) y[i] *= silu(gate[i]);
-    int64_t width = inner / c->groups;
     for (int64_t group = 0; group < c->groups; group++)
-        rms_norm(width, y + group * width, 0, c->eps, y + group * width);
+        rms_norm(group_width, y + group * group_width, 0, c->eps, y + group * group_width);
 }
 
 /* ---- attention ---- */

@@ -36,12 +36,11 @@ class Collected(Protocol):
         """This rank's groups."""
 
     @property
-    def dropped(self) -> Mapping[str, int]:
-        """Groups that did not reach the loss, by reason."""
-
-    @property
     def tokens(self) -> int:
         """Tokens sampled, those of dropped groups included."""
+
+    def metrics(self) -> dict[str, float]:
+        """Counts that the groups do not tell: groups dropped by reason, refills."""
 
     @property
     def sampling_seconds(self) -> float:
@@ -74,7 +73,8 @@ class Ranks:
 class RunRecord:
     """The record of one stage. Every rank holds one; rank 0 writes, the others only the rollouts of their replica.
 
-    `folder` is the stage folder. Timers are exclusive: time spent in an inner timer is not counted in the outer one, so
+    `folder` is the stage folder. `task_counts` is asked at every step for what the task stream counted (prompts that
+    were dropped). Timers are exclusive: time spent in an inner timer is not counted in the outer one, so
     the parts of a step never add up to more than its wall clock.
     """
 
@@ -97,6 +97,7 @@ class RunRecord:
         self.file: TextIO | None = None
         self.seconds: dict[str, float] = {}
         self.inner: list[float] = []  # one entry per open timer: seconds spent in timers inside it
+        self.task_counts: Callable[[], Mapping[str, float]] = dict
         self.step_started = time.perf_counter()
 
     def remaining(self, start: int = 0) -> Iterator[int]:
@@ -135,10 +136,8 @@ class RunRecord:
     def _describe(self, collected: Collected) -> dict[str, float]:
         if self.ranks.replica is None:
             return {}
-        line = summarise(collected.groups)
-        line["tokens"] = float(collected.tokens)
-        line["groups_dropped"] = float(sum(collected.dropped.values()))
-        return line | {f"groups_dropped/{reason}": float(count) for reason, count in collected.dropped.items()}
+        line = summarise(collected.groups) | {"tokens": float(collected.tokens)}
+        return line | collected.metrics() | dict(self.task_counts())
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:

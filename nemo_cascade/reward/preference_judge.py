@@ -68,9 +68,9 @@ class _Remembering(Judge):
             first = key not in self._answers
             future = self._answers.setdefault(key, Future())
         if first:
+            answer: str | Invalid = Invalid("the judge was asked by another thread, which failed")
             try:
-                future.set_result(self._asked.ask(messages, max_tokens, temperature, top_p))
-            except BaseException as error:
-                future.set_exception(error)
-                raise
+                answer = self._asked.ask(messages, max_tokens, temperature, top_p)
+            finally:
+                future.set_result(answer)  # others wait for it without a deadline of their own
         return future.result()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nemo_cascade.models.decode import Cache, DecodeModel
+from nemo_cascade.models.decode_native import AnyCache, AnyModel
 from nemo_cascade.rollout.draw import draw, uniforms
 from nemo_cascade.types import Completion, Request, SamplingParams
 
@@ -43,11 +43,11 @@ class _Row:
 class Engine:
     """Decodes at most `max_batch` requests at a time with fixed weights; the others wait their turn."""
 
-    def __init__(self, model: DecodeModel, version: int, max_batch: int) -> None:
+    def __init__(self, model: AnyModel, version: int, max_batch: int) -> None:
         self.model, self.version, self.max_batch = model, version, max_batch
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
-        self._cache: Cache | None = None
+        self._cache: AnyCache | None = None
         self._logits_BV = torch.empty(0, model.config.vocab_size)
 
     def add(self, key: int, request: Request, params: SamplingParams) -> None:
@@ -83,7 +83,7 @@ class Engine:
             return
         joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         logits_BV, cache = _read(self.model, joining)
-        self._cache = cache if self._cache is None else Cache.join([self._cache, cache])
+        self._cache = cache if self._cache is None else self._cache.join([self._cache, cache])  # type: ignore[list-item]
         self._logits_BV = torch.cat([self._logits_BV, logits_BV])
         self._rows = self._rows + joining
 
@@ -91,7 +91,7 @@ class Engine:
         return Completion(tuple(row.tokens), tuple(row.logprobs), "stop" if row.stopped else "length", self.version)
 
 
-def _read(model: DecodeModel, rows: Sequence[_Row]) -> tuple[torch.Tensor, Cache]:
+def _read(model: AnyModel, rows: Sequence[_Row]) -> tuple[torch.Tensor, AnyCache]:
     """Prefill; a prompt that several rows share (the rollouts of one group) is read once and its state copied."""
     prompts = list(dict.fromkeys(row.request.token_ids for row in rows))
     logits_PV, cache = model.prefill(prompts, room=max(row.budget for row in rows))

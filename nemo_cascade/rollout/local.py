@@ -1,8 +1,8 @@
-"""The Sampler in this process: NemotronH in plain PyTorch, batched, on the CPU. It also stands behind the HTTP server.
+"""The Sampler in this process: NemotronH on the CPU, batched (compiled step, or plain PyTorch). It also stands behind the HTTP server.
 
 What a request gets depends on its tokens, its seed, the sampling parameters and the weights: not on the other requests,
-their order or the batch size (`models/decode_layers.py` keeps every row's arithmetic independent of its neighbours,
-`draw.py` its random numbers).
+their order or the batch size (`models/decode*` keep every row's arithmetic independent of its neighbours, `draw.py` its
+random numbers).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.decode import DecodeModel, named_from
+from nemo_cascade.models.decode import named_from
+from nemo_cascade.models.decode_native import AnyModel, decode_model
 from nemo_cascade.models.hf_folder import content_sha256, read_config
 from nemo_cascade.refit.checksum import checksum_of
 from nemo_cascade.refit.files import folder_tensors
@@ -23,7 +24,7 @@ from nemo_cascade.types import Completion, Request, SamplingParams, UserError
 
 
 class LocalSampler:
-    """A Sampler over `DecodeModel`. Give it weights with `load_weights` or `load_folder` before the first `sample`.
+    """A Sampler over `decode_model`. Give it weights with `load_weights` or `load_folder` before the first `sample`.
 
     `max_batch` rows are decoded together; more requests wait for a place. `checksum` is that of the loaded weights.
     """
@@ -35,7 +36,7 @@ class LocalSampler:
         self.version = version
         self.max_batch = max_batch
         self.checksum = ""
-        self._model: DecodeModel | None = None
+        self._model: AnyModel | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_batch: int = 128) -> LocalSampler:
@@ -48,7 +49,7 @@ class LocalSampler:
         """Take Hugging Face named weights: a complete, well-shaped set replaces the old one, anything else changes
         nothing."""
         tensors: Mapping[str, torch.Tensor] = named_from(named)
-        model = DecodeModel(self.config, tensors)
+        model = decode_model(self.config, tensors)
         checksum = checksum_of(tensors.items())
         self._model, self.version, self.checksum = model, version, checksum
 

@@ -19,8 +19,15 @@ from nemo_cascade.stages.sequences import as_sequences, with_reference
 
 
 def train(  # noqa: PLR0913 - the seams of the loop, each named once
-    cfg: GrpoConfig, tasks: TaskStream, source: RolloutSource, learner: Learner, sampler: Sampler, refit: Refit,
-    record: RunRecord, checkpoints: Checkpoints, reference: str | None,
+    cfg: GrpoConfig,
+    tasks: TaskStream,
+    source: RolloutSource,
+    learner: Learner,
+    sampler: Sampler,
+    refit: Refit,
+    record: RunRecord,
+    checkpoints: Checkpoints,
+    reference: str | None,
 ) -> None:
     """Run the remaining steps. `reference`: the checkpoint entering the stage, for the KL term; None when kl is 0."""
     objective = policy_gradient(cfg.loss)

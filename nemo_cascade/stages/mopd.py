@@ -21,8 +21,15 @@ from nemo_cascade.stages.sequences import as_sequences, with_teachers
 
 
 def train(  # noqa: PLR0913 - the seams of the loop, each named once
-    cfg: MopdConfig, tasks: TaskStream, source: RolloutSource, learner: Learner, sampler: Sampler, refit: Refit,
-    record: RunRecord, checkpoints: Checkpoints, teachers: Mapping[str, str],
+    cfg: MopdConfig,
+    tasks: TaskStream,
+    source: RolloutSource,
+    learner: Learner,
+    sampler: Sampler,
+    refit: Refit,
+    record: RunRecord,
+    checkpoints: Checkpoints,
+    teachers: Mapping[str, str],
 ) -> None:
     """Run the remaining steps. `teachers` maps each domain to the Hugging Face folder that scores its tokens."""
     objective = distillation(cfg.distill)

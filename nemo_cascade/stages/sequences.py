@@ -51,9 +51,7 @@ def with_reference(sequences: Sequence[TokenSequence], learner: Learner, referen
     ]
 
 
-def with_teachers(
-    sequences: Sequence[TokenSequence], folders: Iterable[str], learner: Learner
-) -> list[TokenSequence]:
+def with_teachers(sequences: Sequence[TokenSequence], folders: Iterable[str], learner: Learner) -> list[TokenSequence]:
     """The same sequences with log p_teacher of every token; the sequences of one teacher are scored in one visit.
 
     Every rank visits every folder in the same order, also with no sequence of its own, because the ranks act together.

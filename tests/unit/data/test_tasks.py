@@ -96,9 +96,49 @@ def test_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     source = FileTasks(MATH, [str(path)], limit)
     assert [task.truth["expected_answer"] for task in source.tasks] == ["1"]
     assert limit.dropped == {"math": 1}
+    assert limit.metrics() == {"prompts_dropped": 1.0, "prompts_dropped/math": 1.0}
+    with pytest.raises(UserError, match="is left: 2 prompts are over sampling.max_prompt_tokens; raise it"):
+        FileTasks(MATH, [str(path)], PromptLimit(lambda task: [0] * 9, 8))
     nothing = task_stream(DataConfig(domains={"math": 1.0}), {"math": MATH}, 1, PromptLimit(lambda task: [0] * 9, 8))
     with pytest.raises(UserError, match="none of its generated prompts fits"):
         nothing.take(0, 2)
+
+
+def test_a_mixed_file_gives_each_domain_its_own_rows(tmp_path: Path) -> None:
+    """multi-domain-RL.jsonl holds rows of several agents; each domain reads the same file."""
+    prompt = {"responses_create_params": {"input": [{"role": "user", "content": "x"}]}}
+    rows = [
+        {**prompt, "agent_ref": {"name": "mcqa_simple_agent"}, "options": [{"A": "1"}], "expected_answer": "A"},
+        {**prompt, "agent_ref": {"name": "workplace_assistant_simple_agent"}, "ground_truth": []},
+        {**prompt, "agent_ref": {"name": "structured_outputs_simple_agent"}, "schema_str": "{}"},
+        {**prompt, "options": [{"A": "1"}, {"B": "2"}], "expected_answer": "B"},  # no agent: the file's own domain
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = FileTasks(domains.load("mcqa"), [str(path)])
+    assert [task.truth["expected_answer"] for task in choices.tasks] == ["A", "B"]
+    assert choices.skipped == {"tool_use": 1, "structured_output": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    for name in ("mcqa", "tool_use", "structured_output"):
+        source = FileTasks(domains.load(name), [str(path)])
+        assert [task.domain for task in source.tasks] == [name]
+        assert source.skipped.total() == 2
+    with pytest.raises(UserError, match="is left: 1 are mcqa rows by their agent_ref; 1 are structured_output rows"):
+        FileTasks(MATH, [str(path)])
+
+
+def test_an_outside_domain_and_an_unknown_agent_keep_their_rows(tmp_path: Path) -> None:
+    """Whoever writes a domain, or names an agent nobody knows, has said with the file whose rows these are."""
+    row = {"question": "1+1?", "answer": "#### 2", "agent_ref": {"name": "mcqa_simple_agent"}}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+
+    class Mine(type(MATH)):
+        name = "mine"
+
+    assert len(FileTasks(Mine(), [str(path)]).tasks) == 1
+    path.write_text(json.dumps({**row, "agent_ref": {"name": "chess_agent"}}) + "\n")
+    assert len(FileTasks(MATH, [str(path)]).tasks) == 1
 
 
 def test_files_without_a_weight() -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,10 +60,12 @@ def group(*rewards: float | None) -> Group:
 @dataclass
 class Collected:
     groups: list[Group]
-    dropped: dict[str, int] = field(default_factory=lambda: {"all_equal": 2})
     tokens: int = 40
     sampling_seconds: float = 0.5
     reward_seconds: float = 0.25
+
+    def metrics(self) -> dict[str, float]:
+        return {"groups_dropped": 2.0, "groups_dropped/all_equal": 2.0, "refills": 1.0}
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -268,6 +270,18 @@ def test_tokens_of_dropped_groups_count_for_the_speed(tmp_path: Path) -> None:
         line = record.step(step, {}, Collected([group(1.0, 0.0)]))
     assert line["tokens"] == 40 and line["rollouts"] == 2 and line["groups_dropped/all_equal"] == 2
     assert line["tokens_per_second"] == pytest.approx(40 / line["seconds/total"])
+
+
+def test_dropped_prompts_and_refills_are_in_the_line(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, "if_rl", 2)
+    seen = iter([{"prompts_dropped": 3.0, "prompts_dropped/math": 3.0}, {"prompts_dropped": 4.0}])
+    record.task_counts = lambda: next(seen)
+    for step in record.remaining(0):
+        record.step(step, {}, Collected([group(1.0, 0.0)]))
+    assert [line["prompts_dropped"] for line in lines(tmp_path)] == [3.0, 4.0]
+    assert [line["refills"] for line in lines(tmp_path)] == [1.0, 1.0]
+    everyone = combine([{"prompts_dropped": 3.0, "refills": 1.0}, {"prompts_dropped": 3.0, "refills": 2.0}])
+    assert everyone == {"prompts_dropped": 3.0, "refills": 3.0}  # ranks read the same rows, but refill on their own
 
 
 def test_an_mlflow_that_refuses_is_the_user_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

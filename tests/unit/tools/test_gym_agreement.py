@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.gym_agreement import EXPLANATIONS, PAGE, Line, compare, page, problems, schema_in
 from nemo_cascade.types import UserError
+from tools.gym_agreement import EXPLANATIONS, PAGE, Line, compare, page, problems, schema_in
 
 SAME = Line("mcqa", 0, 1.0, 1.0, "chose E")
 OTHER = Line("mcqa", 1, 0.0, 1.0, "chose A")

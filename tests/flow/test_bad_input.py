@@ -1,0 +1,140 @@
+"""What users get wrong: one line that names file, key and remedy, found before anything runs where that is possible.
+
+Every case goes through the real command line in a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_cascade.config.strict import read_yaml
+from nemo_cascade.models.config import NemotronHConfig
+from tests.flow.real_cascade import ROOT, Cascade, environment
+
+HEAD = (
+    "name: real\nmodel: nano\nbase: random\nhardware: cpu1\n"
+    "evaluation: {select: 0, report: 2, domains: [instruction_following], max_new_tokens: 4}\n"
+)
+SAMPLING = "sampling: {max_new_tokens: 8, max_prompt_tokens: 160, max_total_tokens: 256}\n"
+SFT = (
+    "kind: sft\ninit: base\nnum_steps: 1\ntokens_per_step: 1024\nmax_sequence_tokens: 320\n"
+    "data: {domains: {math: 1}}\noptimizer: {lr: 1.0e-3}\n"
+)
+RL = (
+    "kind: grpo\ninit: sft\nnum_steps: 1\nprompts_per_step: 2\ngroup_size: 2\n" + SAMPLING +
+    "data: {domains: {math: 1}}\noptimizer: {lr: 1.0e-3}\n"
+)  # fmt: skip
+JUDGED = RL.replace("init: sft", "init: random").replace("math", "preference")
+ONE_STAGE, TWO_STAGES = HEAD + "stages: [sft]\n", HEAD + "stages: [sft, rl]\n"
+JUDGED_STAGE = HEAD + "stages: [judged]\n"
+
+
+def cli(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemo_cascade.cli", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The one line on stderr of a command that was refused."""
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def check(tmp_path: Path, head: str = TWO_STAGES, *overrides: str, **stages: str) -> str:
+    """What `nemo-cascade check` refuses about a cascade with these stage files."""
+    files = {"sft": SFT, "rl": RL, "judged": JUDGED, **stages}
+    return refusal(cli("check", str(Cascade(tmp_path, head, files).path), *overrides))
+
+
+def test_a_right_cascade_passes(tmp_path):
+    path = Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": RL}).path
+    done = cli("check", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_key(tmp_path):
+    said = check(tmp_path, rl=RL + "colour: red\n")
+    assert said.startswith(f"{tmp_path}/rl.yaml: key 'colour' unknown; known: kind, init, ")
+
+
+def test_a_misspelt_key(tmp_path):
+    said = check(tmp_path, rl=RL.replace("prompts_per_step", "prompt_per_step"))
+    assert said == f"{tmp_path}/rl.yaml: key 'prompt_per_step' unknown; did you mean 'prompts_per_step'?"
+
+
+def test_a_misspelt_override(tmp_path):
+    said = check(tmp_path, TWO_STAGES, "stages.rl.optimiser.lr=1")
+    assert said == "override 'stages.rl.optimiser.lr=1': key 'optimiser' unknown; did you mean 'optimizer'?"
+
+
+def test_a_missing_data_file(tmp_path):
+    said = check(tmp_path, rl=RL.replace("{math: 1}}", "{math: 1}, files: {math: [nowhere.jsonl]}}"))
+    assert said == f"{tmp_path}/rl.yaml: key 'data.files.math': no file nowhere.jsonl"
+
+
+def test_init_from_a_stage_that_is_not_there(tmp_path):
+    said = check(tmp_path, rl=RL.replace("init: sft", "init: stf"))
+    assert said == f"{tmp_path}/rl.yaml: key 'init': no stage 'stf' in this cascade; did you mean 'sft'?"
+
+
+def test_a_cycle(tmp_path):
+    said = check(tmp_path, sft=SFT.replace("init: base", "init: rl"))
+    assert said == (
+        f"{tmp_path}/cascade.yaml: stages wait for each other: sft -> rl -> sft; change one 'init' or teacher"
+    )
+
+
+def test_preference_without_a_judge(tmp_path):
+    said = check(tmp_path, JUDGED_STAGE)
+    assert said.startswith(f"{tmp_path}/judged.yaml: key 'judge' is missing; groups of domain 'preference'")
+    assert "set judge.serve" in said
+    assert "judge.url" in said
+
+
+def test_prompts_that_cannot_be_shared_out(tmp_path):
+    said = check(tmp_path, TWO_STAGES, "stages.rl.prompts_per_step=3", "hardware.ranks_per_node=2")
+    assert said == f"{tmp_path}/rl.yaml: key 'prompts_per_step': 3 is not a multiple of the 2 data-parallel replicas"
+
+
+def test_fp8_without_transformer_engine(tmp_path):
+    said = check(tmp_path, TWO_STAGES, "hardware.precision=hopper_fp8")
+    assert said == "hardware cpu1: key 'precision': hopper_fp8 needs layer_spec te (Transformer Engine)"
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    said = check(tmp_path, sft=SFT.replace("init: base", f"init: hf:{tmp_path}"))
+    assert said == f"{tmp_path}/sft.yaml: key 'init': {tmp_path} is no Hugging Face folder (config.json is missing)"
+
+
+def test_a_checkpoint_of_another_shape(tmp_path):
+    model = NemotronHConfig.from_mapping(read_yaml(ROOT / "conf" / "model" / "nano.yaml"), "nano")
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**model.to_hf_json(), "hidden_size": 256}))
+    said = check(tmp_path, sft=SFT.replace("init: base", f"init: hf:{folder}"))
+    assert said == f"{tmp_path}/sft.yaml: key 'init': {folder}/config.json has not the shape of model 'nano'"
+
+
+def test_without_bubblewrap_the_run_is_refused_before_it_starts(tmp_path):
+    cascade = Cascade(tmp_path, ONE_STAGE.replace("[instruction_following]", "[code]"), {"sft": SFT})
+    said = refusal(cli("run", str(cascade.path), PATH=str(tmp_path)))
+    assert said == (
+        "domain 'code' runs code in bubblewrap (bwrap), which is not installed; run `apt-get install -y bubblewrap`"
+    )
+    assert not cascade.folder.exists()
+    note = cli("check", str(cascade.path), PATH=str(tmp_path))
+    assert (note.returncode, note.stderr) == (0, "")
+    assert note.stdout.startswith(f"not on this machine: {said}\n")
+
+
+def test_an_unwritable_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = refusal(cli("run", str(Cascade(tmp_path, ONE_STAGE, {"sft": SFT}).path), f"output={tmp_path}/file"))
+    assert said.startswith(f"{tmp_path}/file/real/cascade.json: cannot be written (Not a directory)")
+
+
