@@ -272,12 +272,13 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     config = run.config
     limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens)
     record.task_counts = limit.metrics
+    record.rollouts_every = 1 if config.mode == "sample_only" else config.record_every
     tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
     sampler, refit = build_sampler(run), build_refit(run, folder)
     with ExitStack() as stack:
         stack.callback(sampler.close)
         if config.mode == "train_only":
-            source = RecordedRollouts(Path(config.rollouts), place.replica)
+            source = RecordedRollouts(Path(config.rollouts), place.replica, place.replicas)
         else:
             collector = None
             if place.leads:

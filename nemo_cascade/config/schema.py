@@ -230,12 +230,13 @@ class RolloutStage(StageBase):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     mode: str = "on_policy"  # on_policy | sample_only | train_only (from `rollouts`)
-    rollouts: Optional[str] = None  # train_only: folder with recorded steps
-    record_every: int = 10  # steps between recorded rollouts; sample_only records every step
+    rollouts: Optional[str] = None  # train_only: the stage folder whose recorded steps are trained on
+    record_every: int = 10  # steps between recorded rollouts, 1 to train on them later; sample_only records every step
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("mode", self.mode, ("on_policy", "sample_only", "train_only"))
+        at_least("record_every", self.record_every, 1)
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 

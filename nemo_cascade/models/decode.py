@@ -101,7 +101,7 @@ class Cache:
 
 
 def compaction(count: int, rows: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """How to remove `rows` of `count` by moving the last ones into the holes: (old row of each new row, holes, movers)."""
+    """How to remove `rows` of `count`, the last ones filling the holes: (old row of each new row, holes, movers)."""
     gone = set(rows)
     size = count - len(gone)
     holes = [row for row in sorted(gone) if row < size]

@@ -1,9 +1,9 @@
-"""The decoding step in C (`decode_step.c`), compiled on first use: the same numbers as `decode.py` to 1e-5, several times
-faster on one core.
+"""The decoding step in C (`decode_step.c`), compiled on first use: the same numbers as `decode.py` to 1e-5, several
+times faster on one core.
 
-A nano model's step is many small operations, and most of the time of plain PyTorch goes into starting them. Here a step is one
-call, and prompts are read by steps too. Without a C compiler, or with NEMO_CASCADE_NATIVE=0, `decode.py` does the work; which of
-the two runs is logged once.
+A nano model's step is many small operations, and most of the time of plain PyTorch goes into starting them. Here a step
+is one call, and prompts are read by steps too. Without a C compiler, or with NEMO_CASCADE_NATIVE=0, `decode.py` does
+the work; which of the two runs is logged once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLAGS = (
 COMPILE_DEADLINE_S = 120
 ROWS, COLS, SLOTS = 4, 32, 12  # as in the C file
 PREFILL_ROWS = 128  # prompts read side by side
-ROOM = 64  # attention positions are allocated in multiples of this
+ROOM = 32  # attention positions are allocated in multiples of this
 
 
 class _Config(ctypes.Structure):
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         LOG.warning("decoding in plain PyTorch: the C step could not be built: %s", error)
         return None
     loaded.scratch_size.restype = ctypes.c_int64
@@ -221,9 +221,13 @@ class NativeModel:
             cache.kv.data_ptr(), cache.kv.stride(0), cache.kv.shape[2], cache.scratch.data_ptr(),
         )  # fmt: skip
         self._loaded.step(
-            ctypes.byref(self._struct), self._kinds, _pointer(self._weights), _pointer(self._offsets), ctypes.byref(batch),
+            ctypes.byref(self._struct),
+            self._kinds,
+            _pointer(self._weights),
+            _pointer(self._offsets),
+            ctypes.byref(batch),
             _pointer(hidden),
-        )  # fmt: skip
+        )
         return hidden[:rows]
 
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:

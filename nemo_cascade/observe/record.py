@@ -98,6 +98,7 @@ class RunRecord:
         self.seconds: dict[str, float] = {}
         self.inner: list[float] = []  # one entry per open timer: seconds spent in timers inside it
         self.task_counts: Callable[[], Mapping[str, float]] = dict
+        self.rollouts_every = 1
         self.step_started = time.perf_counter()
 
     def remaining(self, start: int = 0) -> Iterator[int]:
@@ -156,8 +157,9 @@ class RunRecord:
     def rollouts(
         self, step: int, groups_P: Sequence[Group], advantages_P_G: Sequence[Sequence[float | None]] = ()
     ) -> None:
-        """Keep the rollouts of a step, complete enough to train on them again."""
-        if self.ranks.replica is not None:
+        """Keep the rollouts of every `rollouts_every`-th step and of the last, complete enough to train on again."""
+        kept = step % self.rollouts_every == 0 or step == self.num_steps - 1
+        if kept and self.ranks.replica is not None:
             write_rollouts(self.folder, step, groups_P, advantages_P_G, self.ranks.replica)
 
     def close(self) -> None:

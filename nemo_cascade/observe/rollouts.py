@@ -47,6 +47,11 @@ def recorded_steps(stage_folder: Path) -> list[int]:
     return sorted({step_of(path) for path in (stage_folder / FOLDER).glob("step_*.jsonl")})
 
 
+def recorded_replicas(stage_folder: Path, step: int) -> int:
+    """How many data-parallel replicas kept rollouts of the step; 0 when none did."""
+    return len(list((stage_folder / FOLDER).glob(f"step_{step:06d}*.jsonl")))
+
+
 def drop_rollouts(stage_folder: Path, start: int, replica: int = 0) -> None:
     """Remove what a replica kept of the steps at or after `start`."""
     for step in recorded_steps(stage_folder):

@@ -1,3 +1,1 @@
-"""From tasks to scored groups: samplers (local, remote, TensorRT-LLM), the collector that plays domains against them,
-and records.
-"""
+"""From tasks to scored groups: samplers (local, remote), the server, and the collector that plays domains with them."""

@@ -1,4 +1,4 @@
-"""The Sampler in this process: NemotronH on the CPU, batched (compiled step, or plain PyTorch). It also stands behind the HTTP server.
+"""The Sampler in this process: NemotronH on the CPU, batched. It also stands behind the HTTP server.
 
 What a request gets depends on its tokens, its seed, the sampling parameters and the weights: not on the other requests,
 their order or the batch size (`models/decode*` keep every row's arithmetic independent of its neighbours, `draw.py` its

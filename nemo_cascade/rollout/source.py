@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from nemo_cascade.observe.rollouts import read_groups
+from nemo_cascade.observe.rollouts import read_groups, recorded_replicas
 from nemo_cascade.rollout.collect import Collected, Collector, TakeTasks
 from nemo_cascade.types import Invalid, UserError
 
@@ -56,14 +56,21 @@ class SampledRollouts:
 
 
 class RecordedRollouts:
-    """Groups of a recorded run, read from its stage folder: trains without any sampler (mode train_only)."""
+    """Groups of a recorded run, read from its stage folder: trains without any sampler (mode train_only).
 
-    def __init__(self, stage_folder: Path, replica: int | None = None) -> None:
-        self.stage_folder, self.replica = stage_folder, replica
+    Replica r of as many as recorded gets the groups that replica r had; with another number of replicas the groups of
+    all of them are dealt out in turn.
+    """
+
+    def __init__(self, stage_folder: Path, replica: int = 0, replicas: int = 1) -> None:
+        self.stage_folder, self.replica, self.replicas = stage_folder, replica, replicas
 
     def groups(self, step: int, take: TakeTasks) -> Collected:
         """The step's groups as they were recorded; UserError names the steps that are there when this one is not."""
-        groups = tuple(read_groups(self.stage_folder, step, self.replica))
+        if recorded_replicas(self.stage_folder, step) == self.replicas:
+            groups = tuple(read_groups(self.stage_folder, step, self.replica))
+        else:
+            groups = tuple(read_groups(self.stage_folder, step)[self.replica :: self.replicas])
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         return Collected(
             groups=groups,

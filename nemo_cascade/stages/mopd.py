@@ -37,13 +37,16 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
     refit.refit(learner, sampler, version=first)
     for step in record.remaining(first):
         collected = source.groups(step, partial(tasks.take, step))
-        with record.timer("training"):
-            sequences = as_sequences(collected.groups, teachers=teachers)
-            if not objective.needs_teacher_vocabulary:
-                sequences = with_teachers(sequences, teachers.values(), learner)
-            metrics = learner.update(sequences, objective)
-        with record.timer("refit"):
-            refit.refit(learner, sampler, version=step + 1)
+        if cfg.mode != "sample_only":
+            with record.timer("training"):
+                sequences = as_sequences(collected.groups, teachers=teachers)
+                if not objective.needs_teacher_vocabulary:
+                    sequences = with_teachers(sequences, teachers.values(), learner)
+                metrics = learner.update(sequences, objective)
+            with record.timer("refit"):
+                refit.refit(learner, sampler, version=step + 1)
+        else:
+            metrics = {}
         record.rollouts(step, collected.groups)
         record.step(step, metrics, collected)
         checkpoints.after(step + 1, learner)

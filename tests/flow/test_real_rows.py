@@ -32,14 +32,14 @@ def data() -> Path:
     return Path(place)
 
 
-def train(folder: Path, stage: str) -> tuple[Path, str]:
+def train(folder: Path, stage: str, *overrides: str) -> tuple[Path, str]:
     """Run one stage on one process; returns its folder and its log."""
     (folder / "real_rl.yaml").write_text(stage)
     (folder / "real.yaml").write_text(
         f"name: real\nmodel: nano\nbase: random\nhardware: cpu1\noutput: {folder / 'runs'}\nstages: [real_rl]\n"
         "evaluation: {select: 0, report: 0}\n"
     )
-    cascade = run(load_cascade(str(folder / "real.yaml")), Options(), lambda line: None)
+    cascade = run(load_cascade(str(folder / "real.yaml"), overrides), Options(), lambda line: None)
     (place,) = cascade.glob("real_rl-*")
     return place, (place / "log.txt").read_text()
 
@@ -69,3 +69,23 @@ def test_three_steps_on_the_rows_of_every_environment(data: Path, tmp_path: Path
     groups = [group for step in range(3) for group in read_groups(place, step)]
     assert {group.task.domain for group in groups} == set(GYM)
     assert max(len(rollout.token_ids) for group in groups for rollout in group.rollouts) > 3800
+
+
+@pytest.mark.slow
+def test_a_step_on_workplace_rows_with_all_their_tools(data: Path, tmp_path: Path) -> None:
+    """27 tools make prompts of more than 16,000 tokens; two of the five rows are over the limit set here."""
+    files = {"tool_use": [str(data / "gym" / "workplace_assistant.example.jsonl")]}
+    place, log = train(
+        tmp_path,
+        "kind: grpo\ninit: base\nnum_steps: 1\nprompts_per_step: 1\ngroup_size: 2\nrecord_every: 1\n"
+        f"data:\n  domains: {{tool_use: 1}}\n  files: {files}\n"
+        f"  options: {{tool_use: {{workplace_tables: {data / 'workplace'}}}}}\n"
+        "sampling: {max_new_tokens: 16, max_prompt_tokens: 16360, max_total_tokens: 16384}\n"
+        "micro_batch_tokens: 16384\noptimizer: {lr: 1.0e-4}\n",
+        "model.max_position_embeddings=16384",
+    )
+    (line,) = read_metrics(place)
+    assert (line["prompts_dropped/tool_use"], line["rollouts/tool_use"], line["invalid_share"]) == (2, 2, 0)
+    assert "were dropped: 2 of tool_use" in log
+    (group,) = read_groups(place, 0)
+    assert {rollout.outcome.reason for rollout in group.rollouts} <= {"truncated", "another state"}

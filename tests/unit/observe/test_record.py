@@ -290,3 +290,12 @@ def test_an_mlflow_that_refuses_is_the_user_s_error(tmp_path: Path, monkeypatch:
     record = RunRecord(tmp_path, "if_rl", 1, TrackersConfig(mlflow_uri=(tmp_path / "mlruns").as_uri()))
     with pytest.raises(ValueError, match=r"trackers\.mlflow_uri: file:.* maintenance mode"):
         next(record.remaining(0))
+
+
+def test_rollouts_of_every_nth_step_and_of_the_last_are_kept(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, "if_rl", 6)
+    record.rollouts_every = 2
+    for step in record.remaining(0):
+        record.rollouts(step, [group(1.0, 0.0)])
+        record.step(step, {})
+    assert recorded_steps(tmp_path) == [0, 2, 4, 5]

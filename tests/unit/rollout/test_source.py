@@ -63,3 +63,17 @@ def test_recorded_rollouts_train_again_without_a_sampler(tmp_path: Path) -> None
             assert one.logprobs == pytest.approx(other.logprobs) and one.outcome == other.outcome
     with pytest.raises(UserError, match="no recorded rollouts of step 6"):
         RecordedRollouts(tmp_path).groups(6, lambda count, attempt: [])
+
+
+def test_recorded_groups_are_dealt_to_another_number_of_replicas(tmp_path: Path) -> None:
+    collected = SampledRollouts(leader(1.0), 2, 4, seed=1).groups(0, lambda count, attempt: TASKS)
+    for replica in range(2):
+        write_rollouts(tmp_path, 0, collected.groups[replica : replica + 1], replica=replica)
+
+    def dealt(replica: int, replicas: int) -> list[str]:
+        found = RecordedRollouts(tmp_path, replica, replicas).groups(0, lambda count, attempt: [])
+        return [group.task.id for group in found.groups]
+
+    assert [dealt(0, 2), dealt(1, 2)] == [["echo-fox"], ["echo-owl"]]
+    assert sorted(dealt(0, 1)) == ["echo-fox", "echo-owl"]
+    assert sorted(dealt(0, 3) + dealt(1, 3) + dealt(2, 3)) == ["echo-fox", "echo-owl"]
