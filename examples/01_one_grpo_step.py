@@ -43,7 +43,7 @@ def main() -> None:
 
     sequences = as_sequences(collected.groups, advantages_P_G)
     metrics = learner.update(sequences, policy_gradient(LossConfig()))
-    for name in ("loss", "grad_norm", "ratio", "logprob_gap", "trained_tokens"):
+    for name in ("loss", "grad_norm", "ratio", "gap_abs", "trained_tokens"):
         print(f"{name}: {metrics[name]:.6f}")
     print("refit, version 1:", refit.refit(learner, sampler, version=1)[:16])
     collector.close()

@@ -28,6 +28,7 @@ from nemo_cascade.types import StageResult, UserError
 
 if TYPE_CHECKING:
     from nemo_cascade.data.chat import ChatTokenizer
+    from nemo_cascade.protocols import Domain
 
 LOG = logging.getLogger("nemo_cascade")
 EXIT_USER_ERROR = 2
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("usage: python -m nemo_cascade.launch STAGE_FOLDER\n")
         return EXIT_USER_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("megatron", "nemo_logger", "torch.distributed", "nv_one_logger"):
+    for chatty in ("megatron", "nemo_logger", "torch.distributed", "nv_one_logger", "httpx"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|nemo)\.")
     die_with_parent()
@@ -102,10 +103,10 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
         learner = build_learner(run, chat)
         domains = stack.enter_context(build_domains(run, place))
         earlier = seconds_before(folder)
-        train(folder, run, place, learner, domains, chat)
+        train(folder, run, place, learner, domains.trained, chat)
         sha256 = learner.export(str(folder.hf))
         with timed(folder.path, "evaluation") if place.rank == 0 else nullcontext():
-            evaluate(folder, run, place, learner, domains, chat)
+            evaluate(folder, run, place, learner, domains.measured, chat)
         seconds = earlier + time.monotonic() - started
         result = StageResult(run.stage, run.kind, run.key, "hf", sha256, run.config.num_steps, round(seconds, 1))
         ranks.gathered(True, everyone=True)  # every rank's part of the evaluation is on disk
@@ -179,21 +180,35 @@ def build_refit(run: StageRun, folder: StageFolder):
     return FileRefit(folder.path / "refit")
 
 
+@dataclass(frozen=True)
+class StageDomains:
+    """What a stage trains on, and what it is measured on: the latter with the options of `evaluation`, alike for all."""
+
+    trained: Mapping[str, Domain]
+    measured: Mapping[str, Domain]
+
+
 @contextmanager
-def build_domains(run: StageRun, place: Place) -> Iterator[Mapping[str, object]]:
-    """Every domain the stage trains or is evaluated on, with the services they share; services end with the stage."""
+def build_domains(run: StageRun, place: Place) -> Iterator[StageDomains]:
+    """The domains with the services they share; services end with the stage."""
     from nemo_cascade.cascade.checks import needs_judge
     from nemo_cascade.domains import Services, load
 
     with ExitStack() as stack:
         judged = ["preference"] if run.config.data.judge_share else []
-        names = list(dict.fromkeys([*run.config.data.domains, *run.config.evaluation.domains, *judged]))
+        trained, measure = [*run.config.data.domains, *judged], run.config.evaluation
         services = Services()
         stack.callback(services.close)
         if needs_judge(run.config) and run.config.judge is not None:
             services.preference_judge = stack.enter_context(preference_judge(run.config.judge, place))
-        domains = {name: load(name, services, run.config.data.options.get(name)) for name in names}
-        yield {domain.name: domain for domain in domains.values()} | domains  # an outside domain has a path and a name
+        training = {name: load(name, services, run.config.data.options.get(name)) for name in trained}
+        measured = {name: load(name, services, measure.options.get(name)) for name in measure.domains}
+        yield StageDomains(by_both_names(training), by_both_names(measured))
+
+
+def by_both_names(domains: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Domains under the name in the stage file and under their own; they differ for one named by its path."""
+    return {domain.name: domain for domain in domains.values()} | dict(domains)
 
 
 @contextmanager

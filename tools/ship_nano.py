@@ -58,6 +58,8 @@ def ship(cascade_folder: Path, target: Path) -> Path:
     assert result is not None
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder.hf, target)
+    for path in target.iterdir():
+        path.chmod(0o644)
     write_json(
         target / "training.json",
         {

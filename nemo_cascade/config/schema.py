@@ -165,6 +165,7 @@ class EvaluationConfig:
     other_mode: int = 0  # report tasks in the mode (thinking or instruct) that the domain does not train
     domains: list[str] = field(default_factory=list)
     files: dict[str, list[str]] = field(default_factory=dict)  # benchmark rows instead of generated tasks
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # per-domain options, the same for every stage
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 64

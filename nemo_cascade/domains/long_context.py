@@ -21,15 +21,23 @@ from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 
-def _make(rng: random.Random, keys: int, filler: int) -> Task:
+PHRASES = {
+    "key": ("{name}'s key is {value}.", "What is {name}'s key?"),
+    "has": ("{name} has {value}.", "What has {name}?"),
+}
+"""phrase -> (the fact, the question). In `has` name and value are close, which a nano model retrieves much sooner."""
+
+
+def _make(rng: random.Random, keys: int, filler: int, phrase: str) -> Task:
     """`keys` people with two-digit keys, `filler` sentences of known facts between them, one question."""
+    fact, question = PHRASES[phrase]
     names = rng.sample(NAMES, keys)
     values = rng.sample(range(11, 100), keys)
-    lines = [f"{name}'s key is {value}." for name, value in zip(names, values, strict=True)]
+    lines = [fact.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
     for noun in rng.sample(sorted(FACTS), filler):
         lines.insert(rng.randint(0, len(lines)), f"The {noun} is {FACTS[noun]}.")
     asked = rng.randrange(keys)
-    return _task(lines, f"What is {names[asked]}'s key?", str(values[asked]), [str(value) for value in values])
+    return _task(lines, question.format(name=names[asked]), str(values[asked]), [str(value) for value in values])
 
 
 def _task(lines: list[str], question: str, answer: str, values: list[str]) -> Task:
@@ -46,7 +54,7 @@ class LongContext(SingleTurn):
     """Questions over long inputs, and their nano form."""
 
     name = "long_context"
-    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2}
+    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2, "phrase": "key"}
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
@@ -54,11 +62,15 @@ class LongContext(SingleTurn):
             value = self.options[key]
             if not isinstance(value, int) or not low <= value <= high:
                 raise UserError(f"data.options.long_context.{key}: {value!r} is no whole number from {low} to {high}")
+        if self.options["phrase"] not in PHRASES:
+            known = ", ".join(PHRASES)
+            raise UserError(f"data.options.long_context.phrase: {self.options['phrase']!r} is not one of {known}")
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Prompts such as `Fay's key is 54. The star is red. Ann's key is 37. What is Ann's key?`."""
         keys, filler = int(self.options["keys"]), int(self.options["filler"])
-        return splits.draw(lambda rng: _make(rng, keys, filler), content_of, split, count, seed)
+        phrase = str(self.options["phrase"])
+        return splits.draw(lambda rng: _make(rng, keys, filler, phrase), content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
         """The sentence found, then the bare number. Faults: somebody else's key, a boxed number, a chat sentence."""
@@ -66,8 +78,10 @@ class LongContext(SingleTurn):
             raise UserError(f"task {task.id}: only generated long_context tasks have demonstrations")
         rng = random.Random(f"{task.id}/{seed}")
         answer = str(task.truth["expected_answer"])
-        owner = str(task.truth["question"]).removeprefix("What is ").removesuffix("?")
-        reasoning = f"{owner} is {answer}." if task.thinking else ""
+        fact, question = PHRASES[str(self.options["phrase"])]
+        before, _, after = question.partition("{name}")
+        name = str(task.truth["question"]).removeprefix(before).removesuffix(after)
+        reasoning = fact.format(name=name, value=answer) if task.thinking else ""
         content = answer
         if rng.random() < flaw_rate:
             other = rng.choice([value for value in task.truth["values"] if value != answer])
@@ -101,7 +115,7 @@ class LongContext(SingleTurn):
     def cases(self) -> list[Case]:
         """Two keys, answered rightly, wrongly and by cheating."""
         lines = ["Fay's key is 54.", "The star is red.", "Ann's key is 37."]
-        task = _task(lines, "What is Ann's key?", "37", ["54", "37"])
+        task = _task(lines, "What is Ann's key?", "37", ["54", "37"], "Ann's key is 37.")
 
         def case(content: str, reward: float, because: str, hack: bool = False, reasoning: str = "") -> Case:
             return Case(task, Transcript((Message("assistant", content, reasoning),)), reward, because, hack)

@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "refills": Metric("how often the step asked for more tasks, because groups were dropped", how="sum"),
     "prompts_dropped": Metric("prompts over sampling.max_prompt_tokens, since the process began", how="max"),
     "tokens": Metric("tokens sampled, those of dropped groups included (sft: tokens trained)", "tokens", how="sum"),
+    "packed_tokens": Metric("tokens the Learner read, prompts included", "tokens", how="sum"),
     "length": Metric("mean sampled tokens per rollout", "tokens", weight="rollouts"),
     "truncated_share": Metric("rollouts that hit the token limit", weight="rollouts"),
     "invalid_share": Metric("rollouts without a verdict", weight="rollouts"),

@@ -121,6 +121,8 @@ class RunRecord:
             # Where the collector was given no timer, its own clock tells the same.
             self.seconds.setdefault("sampling", collected.sampling_seconds)
             self.seconds.setdefault("reward", collected.reward_seconds)
+            # `tokens` are those sampled; the Learner's count has the prompts in it.
+            metrics = {"packed_tokens" if name == "tokens" else name: value for name, value in metrics.items()}
         line |= metrics
         now = time.perf_counter()
         total = now - self.step_started

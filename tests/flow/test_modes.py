@@ -1,0 +1,106 @@
+"""Sampling without training, training without sampling, and the places a stage can start from: through the launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.cascade.artifacts import StageFolder
+from nemo_cascade.cascade.runner import Options, run
+from nemo_cascade.config.load import load_cascade
+from nemo_cascade.models.hf_folder import content_sha256
+from nemo_cascade.observe.record import read_metrics
+from nemo_cascade.observe.rollouts import read_groups, recorded_steps
+from nemo_cascade.types import Group
+
+pytestmark = pytest.mark.slow
+DOMAIN = Path(__file__).with_name("vowels.py")
+COMMON = (
+    f'kind: grpo\nprompts_per_step: 2\ngroup_size: 4\ndata: {{domains: {{"{DOMAIN}:Vowels": 1}}}}\n'
+    "sampling: {max_new_tokens: 8, max_prompt_tokens: 64, max_total_tokens: 96}\noptimizer: {lr: 3.0e-3}\n"
+)
+
+
+def cascade(folder: Path, name: str, stages: dict[str, str]) -> dict[str, StageFolder]:
+    """Run the stages, each given by the keys it has beside the common ones; returns their folders."""
+    for stage, keys in stages.items():
+        (folder / f"{stage}.yaml").write_text(COMMON + keys)
+    (folder / f"{name}.yaml").write_text(
+        f"name: {name}\nmodel: nano\nbase: random\nhardware: cpu1\nseed: 5\noutput: {folder / 'runs'}\n"
+        f"stages: [{', '.join(stages)}]\nevaluation: {{select: 0, report: 0}}\n"
+    )
+    place = run(load_cascade(str(folder / f"{name}.yaml")), Options(), lambda line: None)
+    return {stage: StageFolder(next(place.glob(f"{stage}-*"))) for stage in stages}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Two steps on-policy, two steps of sampling alone, one stage from the first one's first step."""
+
+    root: Path
+    on_policy: StageFolder
+    sampled: StageFolder
+    from_step: StageFolder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("modes")
+    stages = {
+        "on_policy": "init: base\nnum_steps: 2\nrecord_every: 1\n",
+        "sampled": "init: base\nnum_steps: 2\nmode: sample_only\n",
+        "from_step": "init: on_policy@1\nnum_steps: 1\nmode: sample_only\n",
+    }
+    return Runs(root, **cascade(root, "first", stages))
+
+
+def sha256(folder: StageFolder) -> str:
+    """What the finished stage says its weights are; the folder holds just that."""
+    result = folder.result()
+    assert result is not None
+    assert result.sha256 == content_sha256(folder.hf)
+    return result.sha256
+
+
+def answers(groups: list[Group]) -> list[tuple[str, tuple[int, ...], float]]:
+    """What was sampled and how it was judged."""
+    return [(group.task.id, item.token_ids, item.reward) for group in groups for item in group.rollouts]
+
+
+def test_sample_only_records_what_on_policy_samples_first_and_trains_nothing(runs: Runs) -> None:
+    assert recorded_steps(runs.sampled.path) == recorded_steps(runs.on_policy.path) == [0, 1]
+    first = answers(read_groups(runs.sampled.path, 0))
+    assert first == answers(read_groups(runs.on_policy.path, 0))
+    assert answers(read_groups(runs.sampled.path, 1)) != answers(read_groups(runs.on_policy.path, 1))
+    assert len(first) == 8 and len({reward for _, _, reward in first}) > 2
+    lines = read_metrics(runs.sampled.path)
+    assert [("loss" in line, line["rollouts"]) for line in lines] == [(False, 8.0)] * 2
+    assert sha256(runs.sampled) != sha256(runs.on_policy)
+
+
+def test_a_stage_starts_from_the_weights_of_a_step(runs: Runs) -> None:
+    """`on_policy@1` is neither where that stage began nor where it ended; sampling alone leaves it as it is."""
+    at_one = content_sha256(runs.on_policy.weights(1))
+    assert sha256(runs.from_step) == at_one
+    assert len({at_one, sha256(runs.on_policy), sha256(runs.sampled)}) == 3
+
+
+def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled_them(runs: Runs) -> None:
+    replays = {
+        "replayed": f"init: base\nnum_steps: 2\nmode: train_only\nrollouts: {runs.on_policy.path}\n",
+        "one_step": f"init: base\nnum_steps: 1\nmode: train_only\nrollouts: {runs.sampled.path}\n",
+        "from_folder": f"init: hf:{runs.on_policy.weights(1)}\nnum_steps: 1\nmode: sample_only\n",
+    }
+    folders = cascade(runs.root, "second", replays)
+    assert sha256(folders["replayed"]) == sha256(runs.on_policy)
+    # The first step's rollouts are the same whoever sampled them, and the optimizer starts anew in every stage.
+    at_one = content_sha256(runs.on_policy.weights(1))
+    assert sha256(folders["one_step"]) == at_one
+    assert sha256(folders["from_folder"]) == at_one
+    for ours, theirs in zip(
+        read_metrics(folders["replayed"].path), read_metrics(runs.on_policy.path), strict=True
+    ):
+        assert (ours["loss"], ours["grad_norm"], ours["reward"]) == (theirs["loss"], theirs["grad_norm"], theirs["reward"])
+        assert ours["seconds/sampling"] == 0.0
