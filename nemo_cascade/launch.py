@@ -182,7 +182,7 @@ def build_refit(run: StageRun, folder: StageFolder):
 
 @dataclass(frozen=True)
 class StageDomains:
-    """What a stage trains on, and what it is measured on: the latter with the options of `evaluation`, alike for all."""
+    """What a stage trains on and what it is measured on; the latter has the options of `evaluation`, alike for all."""
 
     trained: Mapping[str, Domain]
     measured: Mapping[str, Domain]
@@ -307,7 +307,8 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
                 collector, config.prompts_per_step // place.replicas, config.group_size, run.seed, share
             )
         if isinstance(config, MopdConfig):
-            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, run.teacher_folders)
+            teachers = {domains[name].name: folder for name, folder in run.teacher_folders.items()}
+            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, teachers)
         else:
             reference = run.init_folder if config.loss.kl > 0.0 else None
             grpo.train(config, tasks, source, learner, sampler, refit, record, checkpoints, reference)

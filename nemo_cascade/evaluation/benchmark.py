@@ -40,8 +40,11 @@ class Benchmark:
         workers: int,
     ) -> None:
         self.config = config
+        # Rows carry the name in the config, which gates and teachers ask for; an outside domain has another of its own.
         self.tasks = [
-            (split, task) for name in config.domains for split, task in benchmark_tasks(domains[name], config)
+            (name, split, task)
+            for name in config.domains
+            for split, task in benchmark_tasks(domains[name], config, config.files.get(name))
         ]
         sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
@@ -58,8 +61,8 @@ class Benchmark:
     def run(self, replica: int = 0, replicas: int = 1) -> list[Row]:
         """Rows of this replica's share of the tasks, each task sampled once."""
         mine = self.tasks[replica::replicas]
-        rollouts = self.collector.evaluate_tasks([task for _, task in mine], 1, BENCHMARK_SEED)
-        return [row_of(split, rollout) for (split, _), rollout in zip(mine, rollouts, strict=True)]
+        rollouts = self.collector.evaluate_tasks([task for _, _, task in mine], 1, BENCHMARK_SEED)
+        return [row_of(name, split, rollout) for (name, split, _), rollout in zip(mine, rollouts, strict=True)]
 
     @staticmethod
     def write(path: Path, rows: Sequence[Row]) -> None:
@@ -70,9 +73,14 @@ class Benchmark:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in ordered))
 
 
-def benchmark_tasks(domain: Domain, config: EvaluationConfig) -> list[tuple[Split, Task]]:
-    """A domain's fixed tasks: generated ones, or the rows of `evaluation.files`."""
-    paths = config.files.get(domain.name)
+def benchmark_tasks(
+    domain: Domain, config: EvaluationConfig, paths: Sequence[str] | None
+) -> list[tuple[Split, Task]]:
+    """A domain's fixed tasks: generated ones, or the rows of its `evaluation.files`.
+
+    A task in the other mode has an id of its own, because the id seeds its draws: they must not depend on whether its
+    twin is answered by the same rank.
+    """
     if paths:
         rows = FileTasks(domain, paths).tasks
         return [("report", task) for task in rows[: config.report]]
@@ -81,13 +89,15 @@ def benchmark_tasks(domain: Domain, config: EvaluationConfig) -> list[tuple[Spli
     for split, count in counts:
         chosen += [(split, task) for task in domain.tasks(split, count, BENCHMARK_SEED)] if count else []
     reported = [task for split, task in chosen if split == "report"][: config.other_mode]
-    return chosen + [("report", dataclasses.replace(task, thinking=not task.thinking)) for task in reported]
+    return chosen + [
+        ("report", dataclasses.replace(task, id=f"{task.id}/other", thinking=not task.thinking)) for task in reported
+    ]
 
 
-def row_of(split: Split, rollout: Rollout) -> Row:
+def row_of(name: str, split: Split, rollout: Rollout) -> Row:
     """One line of an evaluation file."""
     invalid = isinstance(rollout.outcome, Invalid)
     return {
-        "domain": rollout.task.domain, "split": split, "mode": MODES[rollout.task.thinking], "task_id": rollout.task.id,
+        "domain": name, "split": split, "mode": MODES[rollout.task.thinking], "task_id": rollout.task.id,
         "score": 0.0 if invalid else rollout.reward, "valid": not invalid, "tokens": rollout.num_sampled,
     }  # fmt: skip

@@ -49,6 +49,37 @@ def paired_difference(
     return bootstrap_mean(left - right, seed, resamples, level)
 
 
+def difference_over_runs(
+    runs: Sequence[Mapping[str, Scores]], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Interval:
+    """The mean change over training seeds, with an interval that draws seeds as well as tasks.
+
+    `runs` holds one table per seed: domain -> after - before of each task. A run's change is the mean of its domain
+    means, the result the mean over runs; `n` counts differences of all runs. Tasks are drawn once per domain, for a
+    benchmark's tasks are the same in every run. With one run only tasks are drawn: the interval says nothing of other
+    seeds then, and with two or three seeds it says little.
+    """
+    if not runs or not runs[0]:
+        raise UserError("difference over runs: no scores")
+    names = list(runs[0])
+    if any(list(run) != names for run in runs):
+        raise UserError("difference over runs: every run needs the same domains in the same order")
+    stream = np.random.default_rng([seed, len(runs), resamples])
+    chosen_R_S = stream.integers(0, len(runs), size=(resamples, len(runs)))
+    means_S_R = np.zeros((len(runs), resamples))
+    for name in names:
+        draws: dict[int, np.ndarray] = {}
+        for index, run in enumerate(runs):
+            changes_N = _vector(run[name], name)
+            tasks = len(changes_N)
+            if tasks not in draws:
+                draws[tasks] = stream.integers(0, tasks, size=(resamples, tasks))
+            means_S_R[index] += changes_N[draws[tasks]].mean(axis=1) / len(names)
+    low, high = _percentiles(np.take_along_axis(means_S_R.T, chosen_R_S, axis=1).mean(axis=1), level)
+    value = float(np.mean([[np.mean(run[name]) for name in names] for run in runs]))
+    return Interval(value, low, high, sum(len(run[name]) for run in runs for name in names))
+
+
 def excludes_zero(interval: Interval) -> bool:
     """Whether 0 lies outside the interval."""
     return interval.low > 0.0 or interval.high < 0.0

@@ -174,7 +174,7 @@ def length_weights(lengths: Sequence[int]) -> list[float]:
 def with_length_terms(base: Sequence[float], answers: Sequence[Answer], options: GenRMOptions) -> list[float]:
     """R(i) from R_base(i) (equation 6).
 
-    First the conciseness bonus: the shortest non-empty reasoning, and the shortest non-empty answer, gain theirs if
+    First the conciseness bonus: the shortest non-empty reasonings, and the shortest non-empty answers, gain theirs if
     their R_base reaches the group's top `top_percentile`, whose threshold is the score at place max(0, int(n *
     top_percentile) - 1) from above. Then the length terms.
     """
@@ -185,10 +185,10 @@ def with_length_terms(base: Sequence[float], answers: Sequence[Answer], options:
     threshold = sorted(base, reverse=True)[max(0, int(len(base) * options.top_percentile) - 1)]
     rewards = list(base)
     for lengths, bonus in ((reasoning, options.reasoning_bonus), (content, options.answer_bonus)):
-        spoken = [index for index, length in enumerate(lengths) if length > 0]
-        if spoken:
-            shortest = min(spoken, key=lambda index: lengths[index])
-            rewards[shortest] += bonus if base[shortest] >= threshold else 0.0
+        shortest = min((length for length in lengths if length > 0), default=0)
+        for index, length in enumerate(lengths):
+            if length == shortest > 0 and base[index] >= threshold:
+                rewards[index] += bonus  # all that tie: equal answers must not get unequal rewards
     terms = zip(length_weights(reasoning), length_weights(content), strict=True)
     coefficients = (options.reasoning_length_coefficient, options.answer_length_coefficient)
     return [reward + coefficients[0] * r + coefficients[1] * a for reward, (r, a) in zip(rewards, terms, strict=True)]

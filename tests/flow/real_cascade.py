@@ -18,7 +18,7 @@ from nemo_cascade.cascade.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("seconds", "tokens_per_second")
-SAMPLING = "sampling: {max_new_tokens: 32, max_prompt_tokens: 160, max_total_tokens: 320}\n"
+SAMPLING = "record_every: 1\nsampling: {max_new_tokens: 32, max_prompt_tokens: 160, max_total_tokens: 320}\n"
 
 STAGES = {
     "sft": "kind: sft\ninit: base\nnum_steps: 2\nsave_every: 1\ntokens_per_step: 2048\nmax_sequence_tokens: 320\n"

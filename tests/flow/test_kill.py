@@ -81,8 +81,8 @@ class Victim:
         self.stage = self.cascade.folder / finished.stage("rl").path.name
         self.mark = folder.name
 
-    def kill_when(self, true: Callable[[], bool], what: str, delay: float, stage_too: bool) -> None:
-        """Start the run, wait for the moment, kill, and see that nothing survives."""
+    def kill_when(self, true: Callable[[], bool], what: str, delay: float, stage_too: bool, least: int = 3) -> None:
+        """Start the run, wait for the moment, kill, and see that nothing survives; `least` processes must be there."""
         runner = subprocess.Popen(
             self.cascade.command("--until", "rl"), cwd=ROOT, env=environment(**{MARK: self.mark}),
             stdout=subprocess.DEVNULL, start_new_session=True,
@@ -90,13 +90,14 @@ class Victim:
         wait_until(lambda: true() or runner.poll() is not None, what)
         assert runner.poll() is None, f"the run was over before {what}"
         time.sleep(delay)
+        assert runner.poll() is None, f"the run was over {delay:.2f} s after {what}"
         below = descendants(runner.pid)
         holder = json.loads((self.stage / "lock.json").read_text())["pid"]
         os.killpg(runner.pid, signal.SIGKILL)
         if stage_too:
             os.killpg(holder, signal.SIGKILL)
         runner.wait()
-        assert len(below) >= 3, below  # the stage and two ranks
+        assert len(below) >= least, below  # the stage and its two ranks
         survivors = lambda: [pid for pid, born in below.items() if lives(pid, born)] + marked(self.mark)  # noqa: E731
         wait_until(lambda: not survivors(), "the end of every process of the killed run", 0.05)
 
@@ -105,6 +106,12 @@ class Victim:
         done = self.cascade.run("--until", "rl")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
+
+    def handed_over(self) -> bool:
+        """The lock names the stage's process and not its runner's any more."""
+        lock = self.stage / "lock.json"
+        content = json.loads(lock.read_text() or "{}") if lock.exists() else {}
+        return bool(content) and content["pid"] != content["runner_pid"]
 
     def written(self, pattern: str) -> Callable[[], bool]:
         return lambda: any(self.stage.glob(pattern))
@@ -121,7 +128,7 @@ def victim(tmp_path: Path, uninterrupted: Cascade) -> Victim:
 
 @pytest.mark.parametrize("stage_too", [False, True])
 def test_killed_while_sampling(victim, uninterrupted, stage_too):
-    delay = random.Random(f"{SEED}/{stage_too}").uniform(0.1, 1.0)
+    delay = random.Random(f"{SEED}/{stage_too}").uniform(0.1, 0.6)
     victim.kill_when(victim.lines(1), "the first step", delay, stage_too)
     assert any("on from step" in line for line in victim.finish())
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
@@ -142,9 +149,10 @@ def test_killed_while_evaluating(victim, uninterrupted):
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
 
 
-def test_killed_while_starting(victim, uninterrupted):
-    """Before the stage could ask the kernel to die with its parent."""
-    victim.kill_when(victim.written("lock.json"), "the stage's process", 0.05, False)
+@pytest.mark.parametrize("delay", [0.02, 0.5])
+def test_killed_while_starting(victim, uninterrupted, delay):
+    """Before the stage, or its ranks, could ask the kernel to die with their parent."""
+    victim.kill_when(victim.handed_over, "the stage's process", delay, False, least=1)
     victim.finish()
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
 

@@ -102,5 +102,6 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
     for ours, theirs in zip(
         read_metrics(folders["replayed"].path), read_metrics(runs.on_policy.path), strict=True
     ):
-        assert (ours["loss"], ours["grad_norm"], ours["reward"]) == (theirs["loss"], theirs["grad_norm"], theirs["reward"])
+        for name in ("loss", "grad_norm", "reward"):
+            assert ours[name] == theirs[name], name
         assert ours["seconds/sampling"] == 0.0

@@ -142,6 +142,17 @@ def test_a_disk_too_small_for_a_checkpoint(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_limit_on_the_size_of_files(tmp_path):
+    """`ulimit -f` in 512 or 1024 bytes, by shell: too little for a checkpoint of 13 MB either way."""
+    cascade = Cascade(tmp_path, ONE_STAGE, {"sft": SFT})
+    limited = ["bash", "-c", 'ulimit -f 4096; exec "$@"', "bash", *cascade.command()]
+    done = subprocess.run(
+        limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    said = refusal(done, 1)
+    assert "/checkpoints/step_000001: no room left to write the training checkpoint (File too large)" in said
+
+
 def test_a_disk_that_fills_up_while_metrics_are_written(tmp_path):
     long = SFT.replace("num_steps: 1", "num_steps: 60\nsave_every: 3")
     with disk(tmp_path / "disk", "64M") as small:

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from nemo_cascade.evaluation.intervals import Triple, bootstrap_mean, excludes_zero, paired_difference, recovery
+from nemo_cascade.evaluation.intervals import (
+    Triple,
+    bootstrap_mean,
+    difference_over_runs,
+    excludes_zero,
+    paired_difference,
+    recovery,
+)
 from nemo_cascade.types import UserError
 
 
@@ -127,3 +134,28 @@ def test_nothing_to_recover():
         recovery([])
     with pytest.raises(UserError, match="the same tasks"):
         recovery([{"math": Triple([1.0], [1.0, 0.0], [1.0])}])
+
+
+def test_one_run_has_the_interval_of_its_tasks():
+    changes = [1.0] * 30 + [0.0] * 60 + [-1.0] * 10
+    alone, tasks = difference_over_runs([{"math": changes}]), bootstrap_mean(changes)
+    assert (alone.value, alone.n) == (pytest.approx(0.2), 100)
+    assert (alone.low, alone.high) == pytest.approx((tasks.low, tasks.high), abs=0.02)
+
+
+def test_seeds_that_differ_widen_the_interval_of_the_mean():
+    same, other = [0.4] * 50, [0.0] * 50
+    mixed = difference_over_runs([{"math": same}, {"math": other}])
+    assert (mixed.low, mixed.value, mixed.high) == pytest.approx((0.0, 0.2, 0.4))
+    equal = difference_over_runs([{"math": same}, {"math": same}])
+    assert (equal.low, equal.value, equal.high) == pytest.approx((0.4, 0.4, 0.4))
+
+
+def test_every_domain_and_every_run_counts_once():
+    few, many = [1.0] * 10, [0.0] * 200
+    found = difference_over_runs([{"a": few, "b": many}, {"a": few, "b": many[:50]}])
+    assert (found.value, found.n) == (pytest.approx(0.5), 270)
+    with pytest.raises(UserError, match="the same domains"):
+        difference_over_runs([{"a": few}, {"b": few}])
+    with pytest.raises(UserError, match="no scores"):
+        difference_over_runs([])
