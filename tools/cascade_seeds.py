@@ -87,7 +87,9 @@ def finished(runs: Sequence[SeedRun]) -> tuple[list[str], list[str]]:
 
 def effects(runs: Sequence[SeedRun], name: str) -> list[Effect]:
     """A stage's own domains one by one, all of them together, and what happened to the others."""
-    evaluated = [domain for domain in runs[0].ledger.domains(name) if all(item.change(name, domain)[1] for item in runs)]
+    evaluated = [
+        domain for domain in runs[0].ledger.domains(name) if all(item.change(name, domain)[1] for item in runs)
+    ]
     trained = set(runs[0].entry(name).domains)
     own = [domain for domain in evaluated if domain in trained]
     others = [domain for domain in evaluated if domain not in trained]
@@ -135,7 +137,11 @@ def page(runs: Sequence[SeedRun]) -> str:
     ]
     if len(runs) == 1:
         text.append("One seed: the intervals draw tasks only and say nothing of other seeds.")
-    text += ["", "| stage | domain | before | after | gain | interval | per seed | shows |", "|---|---|---|---|---|---|---|---|"]
+    text += [
+        "",
+        "| stage | domain | before | after | gain | interval | per seed | shows |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     text += [_row(effect) for effect in found]
     text += ["", *_recovery_text(runs, names), *_silent(found), *(f"Not here: {line}." for line in missing)]
     return "\n".join(text) + "\n"
@@ -201,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = []
         for seed in given.seeds:
-            loaded = load_cascade(given.cascade, [*given.set, f"seed={seed}", f"output={given.output / f'seed-{seed}'}"])
+            loaded = load_cascade(
+                given.cascade, [*given.set, f"seed={seed}", f"output={given.output / f'seed-{seed}'}"]
+            )
             if not given.no_run:
                 print(f"seed {seed}", flush=True)
                 run(loaded, Options(), lambda line: print(line, flush=True))
