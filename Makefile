@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 #   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 CASCADE ?= nano
-SEEDS ?= 1 2 3
+SEEDS ?= 11 12 13 14 15
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -71,8 +71,8 @@ bwrap:  ## bubblewrap, which keeps generated code away from your files
 cascade: bwrap venv  ## the whole cascade on a CPU; ends with the path of its report
 	@$(RUN) run $(CASCADE)
 
-cascade-seeds: bwrap venv  ## the cascade once for each of SEEDS, in runs/seed-*/
-	@for seed in $(SEEDS); do $(RUN) run $(CASCADE) seed=$$seed output=runs/seed-$$seed; done
+cascade-seeds: bwrap venv  ## the cascade once for each of SEEDS (hours), then the table over seeds
+	@$(BIN)/python -m tools.cascade_seeds --cascade $(CASCADE) --seeds $(SEEDS) --out runs/seeds.md
 
 nano-base: bwrap venv  ## train the base model again that ships with the package (about an hour)
 	@$(RUN) run nano_base

@@ -150,10 +150,9 @@ def page(runs: Sequence[SeedRun]) -> str:
 def _row(effect: Effect) -> str:
     each = " ".join(f"{100 * value:+.1f}" for value in effect.per_seed)
     gain = effect.gain
-    cells = (
-        effect.stage, effect.what, f"{100 * effect.before:.1f}", f"{100 * effect.after:.1f}", f"{100 * gain.value:+.1f}",
-        f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}", each, "yes" if effect.shows else "no",
-    )  # fmt: skip
+    numbers = [f"{100 * effect.before:.1f}", f"{100 * effect.after:.1f}", f"{100 * gain.value:+.1f}"]
+    interval = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    cells = [effect.stage, effect.what, *numbers, interval, each, "yes" if effect.shows else "no"]
     return f"| {' | '.join(cells)} |"
 
 
