@@ -115,7 +115,7 @@ class LongContext(SingleTurn):
     def cases(self) -> list[Case]:
         """Two keys, answered rightly, wrongly and by cheating."""
         lines = ["Fay's key is 54.", "The star is red.", "Ann's key is 37."]
-        task = _task(lines, "What is Ann's key?", "37", ["54", "37"], "Ann's key is 37.")
+        task = _task(lines, "What is Ann's key?", "37", ["54", "37"])
 
         def case(content: str, reward: float, because: str, hack: bool = False, reasoning: str = "") -> Case:
             return Case(task, Transcript((Message("assistant", content, reasoning),)), reward, because, hack)
