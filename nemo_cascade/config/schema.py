@@ -135,6 +135,7 @@ class DataConfig:
     files: dict[str, list[str]] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # per-domain options
     flaw_rate: float = 0.0  # SFT: share of faulty demonstrations
+    flaw_rates: dict[str, float] = field(default_factory=dict)  # SFT: domains with a share of their own
     thinking_share: float = 0.5  # SFT: share of conversations with reasoning on
     conversations: list[str] = field(default_factory=list)  # SFT: JSONL files with `messages`
     corpus_share: float = 0.0  # pre-training: share of plain documents
