@@ -217,27 +217,29 @@ def _weights() -> ModuleType:
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="hf:nano, or a Hugging Face folder such as runs/nano/sft-1234abcd/hf")
-    sub.add_argument("--domains", default="", help="comma-separated; all by default")
+    sub.add_argument("--cascade", default="nano", help="whose evaluation settings hold (default nano)")
+    sub.add_argument("--domains", default="", help="comma-separated; the cascade's by default")
     sub.add_argument("--tasks", type=int, default=64, help="report tasks per domain (default 64)")
     sub.add_argument("--other-mode", type=int, default=0, help="of these, also in the other mode (default 0)")
-    sub.add_argument("--max-new-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--max-new-tokens", type=int, help="default: the cascade's")
+    sub.add_argument("--temperature", type=float, help="default: the cascade's")
+    sub.add_argument("--top-p", type=float, help="default: the cascade's")
     sub.add_argument("--json", action="store_true")
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Score one checkpoint on the report tasks."""
-    from nemo_cascade.config.schema import EvaluationConfig
-    from nemo_cascade.domains import available
+    """Score one checkpoint on the report tasks, as a cascade would."""
+    import dataclasses
 
-    names = [name for name in options.domains.split(",") if name] or available()
-    config = EvaluationConfig(
+    given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    names = [name for name in options.domains.split(",") if name]
+    config = dataclasses.replace(
+        load_cascade(options.cascade).cascade.evaluation,
         select=0,
         report=options.tasks,
         other_mode=options.other_mode,
-        domains=names,
-        temperature=options.temperature,
-        max_new_tokens=options.max_new_tokens,
+        **{name: value for name, value in given.items() if value is not None},
+        **({"domains": names} if names else {}),
     )
     cells = _weights().evaluate_folder(options.checkpoint, config)
     rows = [

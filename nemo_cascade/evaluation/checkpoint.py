@@ -52,7 +52,7 @@ def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) 
     with ExitStack() as stack:
         services = Services()
         stack.callback(services.close)
-        domains = {name: load(name, services) for name in config.domains}
+        domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
         sampler = open_sampler(folder)
         stack.callback(sampler.close)
         rows = stack.enter_context(Benchmark(config, domains, sampler, chat, workers)).run()
