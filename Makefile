@@ -10,9 +10,10 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Empty: torch comes from pip's own configuration. Without a GPU, on Linux, the smaller build:
-#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
+# Where torch comes from. Unless pip is configured to look somewhere of its own, the index of CPU builds: PyPI's for Linux
+# brings gigabytes of CUDA. Another one: make venv TORCH_INDEX=https://...; pip's default: make venv TORCH_INDEX=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -qE 'index-url|find-links' || echo $(CPU_INDEX))
 CASCADE ?= nano
 SEEDS ?= 11 12 13 14 15
 WORKERS ?= 2
@@ -38,7 +39,7 @@ tools-present:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V): Python 3.11 is needed (megatron-core 0.16.1, NeMo); make venv PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) has no venv module: apt-get install python3.11-venv" >&2; exit 1; }
 	@command -v git >/dev/null || { echo "git is not on PATH: the software-engineering tasks are git repositories; apt-get install git" >&2; exit 1; }
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler on PATH: megatron-core builds its dataset index with one; apt-get install g++" >&2; exit 1; }
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "no C compiler on PATH: the nano model's decode step is compiled with one; apt-get install gcc" >&2; exit 1; }
 
 venv: $(VENV)/.done  ## the pinned environment in $(VENV)
 
@@ -62,7 +63,8 @@ $(VENV)/.done: $(VENV)/.packages setup.py
 
 bwrap:  ## bubblewrap, which keeps generated code away from your files
 	@if command -v bwrap >/dev/null; then true; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get install --yes --quiet bubblewrap >/dev/null; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends bubblewrap; } >/dev/null; then true; \
 	else echo "bubblewrap (bwrap) is missing: the code tasks run inside it. Install it, then run make again:" >&2; \
 	echo "    sudo apt-get install bubblewrap" >&2; exit 1; fi
 
@@ -89,7 +91,7 @@ lint: venv  ## ruff, import layers, size budget
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
 	@$(BIN)/python tools/check_budget.py
 
-test: lint test-fast smoke  ## what every change must pass
+test: bwrap lint test-fast smoke  ## what every change must pass
 
 test-fast: bwrap venv
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)

@@ -280,6 +280,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
 ) -> None:
     """Build the task stream, the sampler and the refit, and run grpo or mopd."""
     from nemo_cascade.data.tasks import PromptLimit, task_stream
+    from nemo_cascade.observe.first_step import FirstStep
     from nemo_cascade.rollout.collect import Collector
     from nemo_cascade.rollout.source import RecordedRollouts, SampledRollouts
     from nemo_cascade.stages import grpo, mopd
@@ -287,6 +288,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     config = run.config
     limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens)
     record.task_counts = limit.metrics
+    record.first_step = FirstStep.of(config, run.hardware)
     record.rollouts_every = 1 if config.mode == "sample_only" else config.record_every
     tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
     sampler, refit = build_sampler(run), build_refit(run, folder)

@@ -233,6 +233,7 @@ class RolloutStage(StageBase):
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     mode: str = "on_policy"  # on_policy | sample_only | train_only (from `rollouts`)
     rollouts: Optional[str] = None  # train_only: the stage folder whose recorded steps are trained on
+    max_gap: Optional[float] = None  # nats, Learner against Sampler in the first step; None: see observe.first_step
     record_every: int = 10  # steps between recorded rollouts, 1 to train on them later; sample_only records every step
 
     def __post_init__(self) -> None:

@@ -285,9 +285,7 @@ def conversation_stream(
     if min(rest, data.corpus_share, data.judge_share) < 0.0:
         raise UserError("data: corpus_share and judge_share must be at least 0 and at most 1 together")
     sources: dict[str, ConversationSource] = {
-        name: Demonstrations(
-            domains[name], tokenizer, data.flaw_rates.get(name, data.flaw_rate), data.thinking_share
-        )
+        name: Demonstrations(domains[name], tokenizer, data.flaw_rates.get(name, data.flaw_rate), data.thinking_share)
         for name in data.domains
     }
     weights = dict(data.domains) | ({FILES: 1.0} if data.conversations else {})

@@ -7,6 +7,7 @@ that the files of a resumed run are those of a run that was never killed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Protocol, TextIO
 
 from nemo_cascade.config.paths import explain_os_error, write_atomic
 from nemo_cascade.config.schema import TrackersConfig
+from nemo_cascade.observe.first_step import FirstStep
 from nemo_cascade.observe.metrics import combine
 from nemo_cascade.observe.progress import ProgressLine
 from nemo_cascade.observe.rollouts import drop_rollouts, write_rollouts
@@ -24,6 +26,7 @@ from nemo_cascade.observe.summary import summarise
 from nemo_cascade.observe.trackers import Tracker, open_trackers
 from nemo_cascade.types import Group
 
+LOG = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.json"
 
@@ -99,6 +102,8 @@ class RunRecord:
         self.inner: list[float] = []  # one entry per open timer: seconds spent in timers inside it
         self.task_counts: Callable[[], Mapping[str, float]] = dict
         self.rollouts_every = 1
+        self.first_step: FirstStep | None = None  # checked once per process, so also after a resume
+        self.checksum = ""
         self.step_started = time.perf_counter()
 
     def remaining(self, start: int = 0) -> Iterator[int]:
@@ -108,6 +113,10 @@ class RunRecord:
             yield from range(start, self.num_steps)
         finally:
             self.close()
+
+    def refitted(self, checksum: str) -> None:
+        """The checksum of the weights that the Sampler now holds."""
+        self.checksum = checksum
 
     def step(self, step: int, metrics: Mapping[str, float], collected: Collected | None = None) -> dict[str, float]:
         """Write a finished step: its metrics, the summary of what was collected, its timers; returns the whole line.
@@ -134,7 +143,17 @@ class RunRecord:
         self.step_started = now
         if self.writes:
             self._write(step, line, total)
+        self._first(line)
         return line
+
+    def _first(self, line: Mapping[str, float]) -> None:
+        """Say and check what the first step of this process measured; every rank holds the same numbers."""
+        first, self.first_step = self.first_step, None
+        if first is None:
+            return
+        if self.writes:
+            LOG.info("%s: first step: %s", self.stage, first.sentence(line, self.checksum))
+        first.check(self.stage, line)
 
     def _describe(self, collected: Collected) -> dict[str, float]:
         if self.ranks.replica is None:

@@ -32,7 +32,7 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
     """Run the remaining steps. `reference`: the checkpoint entering the stage, for the KL term; None when kl is 0."""
     objective = policy_gradient(cfg.loss)
     first = checkpoints.resume(learner)
-    refit.refit(learner, sampler, version=first)
+    record.refitted(refit.refit(learner, sampler, version=first))
     for step in record.remaining(first):
         collected = source.groups(step, partial(tasks.take, step))
         advantages_P_G = group_relative(collected.groups, cfg.advantage)

@@ -34,7 +34,7 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
     """Run the remaining steps. `teachers` maps each domain to the Hugging Face folder that scores its tokens."""
     objective = distillation(cfg.distill)
     first = checkpoints.resume(learner)
-    refit.refit(learner, sampler, version=first)
+    record.refitted(refit.refit(learner, sampler, version=first))
     for step in record.remaining(first):
         collected = source.groups(step, partial(tasks.take, step))
         if cfg.mode != "sample_only":
