@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_cascade import domains
+from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder
@@ -145,12 +146,7 @@ def _check_mixture(stage: StageBase, origin: str) -> None:
         raise UserError(
             f"{origin}: key 'data.domains': the weights sum to 0; give at least one domain, for example {{math: 1}}"
         )
-    for key, table in (("files", data.files), ("options", data.options)):
-        for domain in table:
-            if domain not in data.domains:
-                raise UserError(
-                    f"{origin}: key 'data.{key}.{domain}': not in data.domains{nearest(domain, data.domains)}"
-                )
+    check_training_tables(stage, origin)
 
 
 def _check_domain(name: str, where: str) -> None:
@@ -179,6 +175,7 @@ def outside_file(name: str) -> Path | None:
 
 def check_evaluation(loaded: Loaded, graph: Graph) -> None:
     """Gates and teacher choice have select scores to read."""
+    check_evaluation_tables(loaded)
     for name, stage in loaded.stages.items():
         origin = show(loaded.files[name])
         assert stage.evaluation is not None

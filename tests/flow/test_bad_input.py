@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from nemo_cascade.cascade.plan import make_plan
+from nemo_cascade.config.load import load_cascade
 from nemo_cascade.config.strict import read_yaml
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.types import UserError
 from tests.flow.real_cascade import ROOT, Cascade, environment
 
 HEAD = (
@@ -75,6 +80,56 @@ def test_a_misspelt_override(tmp_path):
 def test_a_missing_data_file(tmp_path):
     said = check(tmp_path, rl=RL.replace("{math: 1}}", "{math: 1}, files: {math: [nowhere.jsonl]}}"))
     assert said == f"{tmp_path}/rl.yaml: key 'data.files.math': no file nowhere.jsonl"
+
+
+NANO = ROOT / "conf" / "cascade" / "nano.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "stages.sft.data.flaw_rates={maths: 0.0}",
+            "conf/stage/nano/sft.yaml: key 'data.flaw_rates.maths': not in data.domains; did you mean 'math'?",
+        ),
+        (
+            "stages.if_rl.data.options={long_context: {}}",
+            "conf/stage/nano/if_rl.yaml: key 'data.options.long_context': not in data.domains; "
+            "known: instruction_following",
+        ),
+        (
+            "evaluation.options={long_contxt: {phrase: has}}",
+            "conf/cascade/nano.yaml: key 'evaluation.options.long_contxt': not in evaluation.domains; "
+            "did you mean 'long_context'?",
+        ),
+        (
+            "stages.sft.evaluation.files={mqca: [a.jsonl]}",
+            "conf/stage/nano/sft.yaml: key 'evaluation.files.mqca': not in evaluation.domains; did you mean 'mcqa'?",
+        ),
+        (
+            "stages.long_context_rl.data.options={long_context: {phrse: has}}",
+            "conf/stage/nano/long_context_rl.yaml: key 'data.options.long_context.phrse': no such option, "
+            "did you mean 'phrase'?; known: keys, filler, phrase",
+        ),
+        (
+            "evaluation.options={long_context: {phrase: hsa}}",
+            "conf/cascade/nano.yaml: key 'evaluation.options.long_context.phrase': 'hsa' is not one of key, has",
+        ),
+        (
+            "stages.mopd.data.options={swe_agentless: {unreadable_reward: low}}",
+            "conf/stage/nano/mopd.yaml: key 'data.options.swe_agentless.unreadable_reward': 'low' is not a number",
+        ),
+    ],
+)
+def test_a_misspelt_domain_or_option(override, said):
+    with pytest.raises(UserError) as caught:
+        make_plan(load_cascade(str(NANO), [override]))
+    assert str(caught.value) == said
+
+
+def test_a_stage_that_measures_less_keeps_the_options_of_its_cascade():
+    plan = make_plan(load_cascade(str(NANO), ["stages.mopd.evaluation.domains=[math]"]))
+    assert plan.stages["mopd"].evaluation.options == {"long_context": {"phrase": "has"}}
 
 
 def test_init_from_a_stage_that_is_not_there(tmp_path):
