@@ -97,7 +97,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Read every file strictly and check what can be known before a run."""
-    from nemo_cascade.cascade.checks import missing_programs
+    from nemo_cascade.cascade.checks import missing_programs, missing_sampler
     from nemo_cascade.cascade.plan import make_plan
 
     loaded = _loaded(options)
@@ -105,7 +105,9 @@ def check(options: argparse.Namespace) -> int:
     if options.diff:
         for line in diff(loaded, load_cascade(options.diff)):
             print(line)
-    for line in dict.fromkeys((*plan.missing, *missing_programs(plan.stages.values()))):
+    stages, hardware = plan.stages.values(), loaded.hardware
+    sampler = missing_sampler(stages, hardware, f"hardware {loaded.cascade.hardware}")
+    for line in dict.fromkeys((*plan.missing, *sampler, *missing_programs(stages))):
         print(f"not on this machine: {line}")
     print(f"{loaded.cascade.name}: {len(plan.stages)} stages in order: {', '.join(plan.graph.order)}")
     return 0

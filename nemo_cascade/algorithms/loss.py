@@ -14,7 +14,8 @@ import torch
 
 from nemo_cascade.algorithms import kl
 from nemo_cascade.algorithms.importance import Importance, ratio
-from nemo_cascade.config.schema import DistillConfig, LossConfig, choose
+from nemo_cascade.config.bounds import choose
+from nemo_cascade.config.schema import DistillConfig, LossConfig
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence

@@ -16,7 +16,9 @@ from nemo_cascade.config.paths import hf_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
+from nemo_cascade.rollout import trtllm
 from nemo_cascade.types import UserError
 
 SANDBOXED = ("code", "swe_agentless", "swe_agentic")
@@ -221,10 +223,40 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
         if source.folder is not None and not (source.folder / "config.json").is_file():
             where = f"{show(loaded.path)}: key 'base'" if stage.init == "base" else f"{origin}: key 'init'"
             yield f"{where}: {source.folder} is no Hugging Face folder (config.json is missing)"
+        if isinstance(stage, RolloutStage) and stage.mode == "train_only" and stage.rollouts:
+            problem = _unrecorded(Path(stage.rollouts), stage.num_steps)
+            if problem:
+                yield f"{origin}: key 'rollouts': {problem}"
         if stage.judge is not None and stage.judge.serve:
             folder = hf_folder(stage.judge.serve)
             if not (folder / "config.json").is_file():
                 yield f"{origin}: key 'judge.serve': {folder} is no Hugging Face folder (config.json is missing)"
+
+
+def _unrecorded(folder: Path, num_steps: int) -> str:
+    """What is not there of the rollouts that `train_only` reads; empty when every step is."""
+    steps = recorded_steps(folder)
+    if not steps:
+        return f"{folder} holds no recorded rollouts (rollouts/step_*.jsonl); name the folder of a stage that sampled"
+    gone = sorted(set(range(num_steps)) - set(steps))
+    if gone:
+        return (
+            f"{folder} has no rollouts of step {gone[0]} and num_steps is {num_steps}; record every step "
+            "(record_every: 1) or lower num_steps"
+        )
+    return ""
+
+
+def missing_sampler(stages: Iterable[StageBase], hardware: HardwareConfig, origin: str) -> Iterator[str]:
+    """Why the hardware file's sampler cannot run here, if a stage samples."""
+    if hardware.sampler == "trtllm" and any(_samples(stage) for stage in stages):
+        yield f"{origin}: key 'sampler': trtllm: {trtllm.refusal()}"
+
+
+def _samples(stage: StageBase) -> bool:
+    if isinstance(stage, RolloutStage) and stage.mode != "train_only":
+        return True
+    return stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0
 
 
 def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:

@@ -166,6 +166,33 @@ def test_a_folder_without_a_checkpoint(tmp_path):
     assert said == f"{tmp_path}/sft.yaml: key 'init': {tmp_path} is no Hugging Face folder (config.json is missing)"
 
 
+def test_training_on_rollouts_that_were_not_recorded(tmp_path):
+    said = check(tmp_path, rl=RL + "mode: train_only\nrollouts: /nowhere\n")
+    assert said == (
+        f"{tmp_path}/rl.yaml: key 'rollouts': /nowhere holds no recorded rollouts (rollouts/step_*.jsonl); "
+        "name the folder of a stage that sampled"
+    )
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000000.jsonl").touch()
+    stage = RL + f"mode: train_only\nrollouts: {tmp_path}\n"
+    said = check(tmp_path, rl=stage.replace("num_steps: 1", "num_steps: 3"))
+    assert said.startswith(
+        f"{tmp_path}/rl.yaml: key 'rollouts': {tmp_path} has no rollouts of step 1 and num_steps is 3; record every"
+    )
+    assert cli("check", str(Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": stage}).path)).returncode == 0
+
+
+def test_a_sampler_that_is_not_on_this_machine(tmp_path):
+    cascade = Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": RL})
+    note = cli("check", str(cascade.path), "hardware.sampler=trtllm")
+    assert (note.returncode, note.stderr) == (0, "")
+    why = "hardware cpu1: key 'sampler': trtllm: TensorRT-LLM"
+    assert note.stdout.startswith(f"not on this machine: {why}")
+    assert "start a server in that container and set `sampler: remote` with `sampler_url`" in note.stdout
+    assert refusal(cli("run", str(cascade.path), "hardware.sampler=trtllm")).startswith(why)
+    assert not cascade.folder.exists()
+
+
 def test_a_checkpoint_of_another_shape(tmp_path):
     model = NemotronHConfig.from_mapping(read_yaml(ROOT / "conf" / "model" / "nano.yaml"), "nano")
     folder = tmp_path / "wide"
