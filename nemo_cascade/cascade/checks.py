@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_cascade import domains
 from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
+from nemo_cascade.cascade.judges import check_judges
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
@@ -100,18 +101,7 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
-        if needs_judge(stage) and (stage.judge is None or not (stage.judge.serve or stage.judge.url)):
-            raise UserError(
-                f"{origin}: key 'judge' is missing; groups of domain 'preference' are compared by a judge: set "
-                "judge.serve (hf:nano_judge, hf:PATH) or judge.url here or in the cascade file"
-            )
-
-
-def needs_judge(stage: StageBase) -> bool:
-    """Whether the stage asks the preference judge: one answer alone gets the rubric, several are compared."""
-    if not isinstance(stage, RolloutStage) or stage.mode == "train_only":
-        return False
-    return stage.group_size > 1 and "preference" in stage.data.domains
+    check_judges(stage, origin)
 
 
 def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
@@ -227,10 +217,10 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             problem = _unrecorded(Path(stage.rollouts), stage.num_steps)
             if problem:
                 yield f"{origin}: key 'rollouts': {problem}"
-        if stage.judge is not None and stage.judge.serve:
-            folder = hf_folder(stage.judge.serve)
-            if not (folder / "config.json").is_file():
-                yield f"{origin}: key 'judge.serve': {folder} is no Hugging Face folder (config.json is missing)"
+        for key, judge in (("judge", stage.judge), ("equivalence_judge", stage.equivalence_judge)):
+            folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
+            if folder is not None and not (folder / "config.json").is_file():
+                yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
 
 
 def _unrecorded(folder: Path, num_steps: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from nemo_cascade.config.bounds import above, at_least, choose, interval, nucleus, share
-from nemo_cascade.config.schema_data import DataConfig, EvaluationConfig, GateConfig, JudgeConfig
+from nemo_cascade.config.schema_data import DataConfig, EquivalenceJudgeConfig, EvaluationConfig, GateConfig, JudgeConfig
 from nemo_cascade.types import UserError
 
 
@@ -157,7 +157,8 @@ class StageBase:
     keep_steps: list[int] = field(default_factory=list)  # steps whose weights are exported for `stage@step`
     evaluation: Optional[EvaluationConfig] = None  # None: the cascade's
     gates: list[GateConfig] = field(default_factory=list)
-    judge: Optional[JudgeConfig] = None  # None: the cascade's
+    judge: Optional[JudgeConfig] = None  # of preference groups; None: the cascade's
+    equivalence_judge: Optional[EquivalenceJudgeConfig] = None  # of long-context rows; None: the cascade's
 
     def __post_init__(self) -> None:
         at_least("num_steps", self.num_steps, 1)
@@ -307,6 +308,7 @@ class CascadeConfig:
     stages: list[str] = field(default_factory=list)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judge: Optional[JudgeConfig] = None
+    equivalence_judge: Optional[EquivalenceJudgeConfig] = None
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
 

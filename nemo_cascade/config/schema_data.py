@@ -74,22 +74,47 @@ class EvaluationConfig:
 
 
 @dataclass
-class JudgeConfig:
-    """The preference judge: `serve` a checkpoint on loopback, or call an OpenAI-compatible `url`."""
+class JudgeAddress:
+    """Where a judge is: `serve` a checkpoint on loopback, or call an OpenAI-compatible `url`."""
 
     serve: Optional[str] = None  # hf:PATH
     url: Optional[str] = None
     model: str = "judge"
-    timeout_s: float = 60.0
+    timeout_s: float = 60.0  # for one question with all its retries
     retries: int = 3
+
+    @property
+    def named(self) -> bool:
+        """Whether there is a judge at all."""
+        return bool(self.serve or self.url)
+
+    def check_address(self, key: str) -> None:
+        """Bounds; `key` is where the block stands in a stage or cascade file."""
+        above(f"{key}.timeout_s", self.timeout_s, 0.0)
+        at_least(f"{key}.retries", self.retries, 0)
+        if self.serve and self.url:
+            raise UserError(f"{key}.url: {key}.serve is set too, and one judge answers; set one of them to null")
+
+
+@dataclass
+class EquivalenceJudgeConfig(JudgeAddress):
+    """The judge that says whether an answer gives the expected one (long context, section 4.6)."""
+
+    def __post_init__(self) -> None:
+        self.check_address("equivalence_judge")
+
+
+@dataclass
+class JudgeConfig(JudgeAddress):
+    """The preference judge of a group's answers, with the terms that section 5.4 adds to its scores."""
+
     strategy: str = "all_pairs"  # all_pairs | circular
     swap: bool = False  # also judge each pair in the other order
     length_weight: float = 0.5  # w of the group-relative length terms, section 5.4
     conciseness_bonus: float = 0.5
 
     def __post_init__(self) -> None:
-        above("judge.timeout_s", self.timeout_s, 0.0)
-        at_least("judge.retries", self.retries, 0)
+        self.check_address("judge")
         choose("judge.strategy", self.strategy, ("all_pairs", "circular"))
         at_least("judge.length_weight", self.length_weight, 0.0)
         at_least("judge.conciseness_bonus", self.conciseness_bonus, 0.0)
