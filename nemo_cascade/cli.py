@@ -48,7 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if stray or (rest and "overrides" not in options):
         commands.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -79,7 +79,7 @@ def _cascade(sub: argparse.ArgumentParser) -> None:
 
 def _overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="for example seed=3 stages.if_rl.optimizer.lr=1e-4"
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example seed=3 stages.if_rl.optimizer.lr=1e-4"
     )
     sub.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="sets", help="the same, as an option"

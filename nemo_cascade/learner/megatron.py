@@ -127,7 +127,7 @@ class MegatronLearner:
         seconds = time.perf_counter() - begin
         return metrics | watch.metrics() | {
             "grad_norm": norm, "lr": rate, "skipped": float(skipped), "micro_batches": float(len(batches)),
-            "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
+            "seconds/training/update": seconds, "tokens_per_second": metrics["tokens"] / seconds,
         }  # fmt: skip
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:

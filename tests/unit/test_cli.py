@@ -56,6 +56,27 @@ def test_overrides_may_stand_after_options(cascade, capsys):
     assert caught.value.code == 2
 
 
+def test_status_asks_for_the_cascade_alone(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["status"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the following arguments are required: cascade")
+
+
+def test_heads_of_the_table_tell_domains_apart():
+    from nemo_cascade.cascade.status import table
+
+    names = ["swe_agentless", "swe_agentic", "instruction_following", "math", "a/b.py:Reversed"]
+    scores = {name: {"score": place / 10, "ci_low": 0, "ci_high": 1, "n": 4} for place, name in enumerate(names)}
+    row = {"name": "sft", "status": "done", "seconds": 3.0, "scores": scores, "gains": {}, "recovery": None}
+    lines = table({"stages": [row]}).splitlines()
+    assert lines[0].split() == ["swe", "instruction"]
+    assert lines[1].split() == ["stage", "state", "seconds", "agentless", "swe_agentic", "following", "math", "Reversed"]
+    ends = [lines[1].index(word) + len(word) for word in ("agentless", "swe_agentic", "following", "math", "Reversed")]
+    assert [lines[2][:end].split()[-1] for end in ends] == ["0.0", "10.0", "20.0", "30.0", "40.0"]
+    assert lines[0].index("instruction") + len("instruction") == ends[2]
+
+
 def test_diff(cascade, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(Path(cascade).read_text().replace("base: random", "base: random\nseed: 4"))
