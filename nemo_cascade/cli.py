@@ -79,7 +79,11 @@ def _cascade(sub: argparse.ArgumentParser) -> None:
 
 def _overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example seed=3 stages.if_rl.optimizer.lr=1e-4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for example seed=3 stages.if_rl.optimizer.lr=1e-4",
     )
     sub.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="sets", help="the same, as an option"

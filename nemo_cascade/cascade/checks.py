@@ -13,7 +13,7 @@ from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_trai
 from nemo_cascade.cascade.graph import Graph, Source
 from nemo_cascade.cascade.judges import check_judges
 from nemo_cascade.config.load import Loaded
-from nemo_cascade.config.paths import hf_folder
+from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models.config import NemotronHConfig
@@ -273,7 +273,7 @@ def data_files(stage: StageBase) -> Iterator[tuple[str, Path]]:
 
 
 def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
-    """A Hugging Face folder that stages start from has the shape of the model file."""
+    """A Hugging Face folder that stages start from has the shape of the model file, and a tokenizer."""
     for name, source in graph.sources.items():
         path = (source.folder or Path()) / "config.json"
         if source.folder is None or not path.is_file():
@@ -283,3 +283,7 @@ def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
             raise UserError(
                 f"{show(loaded.files[name])}: key 'init': {path} has not the shape of model {loaded.cascade.model!r}"
             )
+        try:
+            tokenizer_folder(source.folder, model.vocab_size)
+        except UserError as error:
+            raise UserError(f"{show(loaded.files[name])}: key 'init': {error}") from error

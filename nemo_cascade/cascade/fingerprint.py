@@ -74,12 +74,12 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
 
 def tokenizer_of(plan: Plan, name: str) -> Path:
     """The tokenizer's folder: that of the Hugging Face folder at the root of the stage's weights, else the nano
-    tokenizer.
+    tokenizer where it fits.
     """
     source = plan.graph.sources[name]
     while source.kind == "stage":
         source = plan.graph.sources[source.stage]
-    return tokenizer_folder(source.folder)
+    return tokenizer_folder(source.folder, plan.model.vocab_size)
 
 
 def _source_identity(plan: Plan, source: Source, parents: Mapping[str, str], where: str) -> Any:

@@ -132,9 +132,8 @@ def table(content: Mapping[str, Any]) -> str:
         lines.append((fixed + " ".join(f"{words[level]:>{width}}" for words in parts)).rstrip())
     for row in content["stages"]:
         cells = [_cell(row, domain) for domain in domains]
-        lines.append(
-            f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} " + " ".join(f"{cell:>{width}}" for cell in cells)
-        )
+        fixed = f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} "
+        lines.append(fixed + " ".join(f"{cell:>{width}}" for cell in cells))
     if domains:
         lines.append(
             "report tasks, percent; + or - : the gain over the stage's start excludes 0 (95 % paired bootstrap)"

@@ -32,9 +32,9 @@ from nemo_cascade.types import UserError
 class Loaded:
     """A cascade with all its files read: what plan, fingerprint and runner work on.
 
-    `stages` keeps the order of the cascade file; every stage has `evaluation` and the judges filled in. `files` says where
-    each stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file, unchecked
-    here.
+    `stages` keeps the order of the cascade file; every stage has `evaluation` and the judges filled in. `files` says
+    where each stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file,
+    unchecked here.
     """
 
     cascade: CascadeConfig

@@ -13,7 +13,13 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from nemo_cascade.config.bounds import above, at_least, choose, interval, nucleus, share
-from nemo_cascade.config.schema_data import DataConfig, EquivalenceJudgeConfig, EvaluationConfig, GateConfig, JudgeConfig
+from nemo_cascade.config.schema_data import (
+    DataConfig,
+    EquivalenceJudgeConfig,
+    EvaluationConfig,
+    GateConfig,
+    JudgeConfig,
+)
 from nemo_cascade.types import UserError
 
 
@@ -200,7 +206,9 @@ class RolloutStage(StageBase):
         at_least("record_every", self.record_every, 1)
         at_least("group_size", self.group_size, 1)
         if self.sampling.temperature == 0.0:
-            raise UserError("sampling.temperature: 0 (greedy) has no log-probabilities to train on; use a value above 0")
+            raise UserError(
+                "sampling.temperature: 0 (greedy) has no log-probabilities to train on; use a value above 0"
+            )
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 

@@ -202,6 +202,18 @@ def test_a_checkpoint_of_another_shape(tmp_path):
     assert said == f"{tmp_path}/sft.yaml: key 'init': {folder}/config.json has not the shape of model 'nano'"
 
 
+def test_a_checkpoint_without_its_tokenizer(tmp_path):
+    model = {**read_yaml(ROOT / "conf" / "model" / "nano.yaml"), "vocab_size": 1024}
+    folder = tmp_path / "mute"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(NemotronHConfig.from_mapping(model, "wider").to_hf_json()))
+    said = check(tmp_path, TWO_STAGES, "model.vocab_size=1024", sft=SFT.replace("init: base", f"init: hf:{folder}"))
+    assert said == (
+        f"{tmp_path}/sft.yaml: key 'init': {folder}: no tokenizer.json, and the nano tokenizer has 512 tokens where "
+        "the model has 1024; put the tokenizer of the model into a Hugging Face folder with its weights"
+    )
+
+
 def test_without_bubblewrap_the_run_is_refused_before_it_starts(tmp_path):
     cascade = Cascade(tmp_path, ONE_STAGE.replace("[instruction_following]", "[code]"), {"sft": SFT})
     said = refusal(cli("run", str(cascade.path), PATH=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Which judges a stage asks: check, content keys and the launch agree, and what is asked over HTTP decides the reward."""
+"""Which judges a stage asks: check, content keys and the launch agree, and what HTTP answers is the reward."""
 
 import json
 from pathlib import Path
@@ -45,8 +45,8 @@ def test_rows_to_grade_need_a_judge_or_the_word_exact(tmp_path, rows):
     with pytest.raises(UserError) as caught:
         plan(tmp_path, data)
     assert str(caught.value) == (
-        f"{tmp_path}/rl.yaml: key 'equivalence_judge' is missing; rows of data.files.long_context are graded by a judge "
-        "(data.options.long_context.grading: exact compares texts instead): set equivalence_judge.serve (a checkpoint, "
+        f"{tmp_path}/rl.yaml: key 'equivalence_judge' is missing; rows of data.files.long_context are graded by a "
+        "judge (data.options.long_context.grading: exact compares texts instead): set equivalence_judge.serve (a checkpoint, "
         "hf:PATH) or equivalence_judge.url here or in the cascade file"
     )
     measured = f"select: 0, report: 2, domains: [long_context], files: {{long_context: [{rows}]}}"
@@ -72,7 +72,7 @@ def test_a_judge_is_part_of_what_it_decides(tmp_path, rows):
         found = plan(tmp_path, data, measured, *overrides)
         return fingerprint.keys(found)["rl"], fingerprint.evaluation_key(found.stages["rl"])
 
-    one, two = ("equivalence_judge={url: 'http://a:1', model: %s, timeout_s: %d}" % pair for pair in (("a", 1), ("b", 1)))
+    one, two = (f"equivalence_judge={{url: 'http://a:1', model: {model}}}" for model in "ab")
     other_place = "equivalence_judge={url: 'http://b:2', model: a, timeout_s: 9}"
     first = both(data, measured, one)
     assert both(data, measured, other_place) == first
