@@ -22,12 +22,13 @@ from nemo_cascade.cascade.artifacts import StageFolder, read_lines
 from nemo_cascade.cascade.local_ranks import RENDEZVOUS, die_with_parent, start_ranks
 from nemo_cascade.cascade.lock import locked
 from nemo_cascade.config.paths import NO_ROOM, explain_os_error
-from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
+from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageBase, StageRun
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.types import StageResult, UserError
 
 if TYPE_CHECKING:
+    from nemo_cascade.algorithms.kept import Distribution
     from nemo_cascade.data.chat import ChatTokenizer
     from nemo_cascade.protocols import Domain
     from nemo_cascade.reward.judge import Judge
@@ -134,21 +135,27 @@ def where() -> Place:
 
 def build_learner(run: StageRun, chat: ChatTokenizer):
     """The policy from the folder the stage starts from, or from random weights."""
-    from nemo_cascade.algorithms.kept import RAW, Distribution
     from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
     from nemo_cascade.models.config import NemotronHConfig
 
     config = run.config
-    distribution = RAW
-    if isinstance(config, RolloutStage):
-        sampling = config.sampling
-        distribution = Distribution(sampling.temperature, sampling.top_p, sampling.top_k)
     settings = LearnerSettings(
         optimizer=config.optimizer, num_steps=config.num_steps, micro_batch_tokens=config.micro_batch_tokens,
-        distribution=distribution, hardware=run.hardware, tokenizer=chat.folder,
+        distribution=trained_distribution(config), hardware=run.hardware, tokenizer=chat.folder,
         precision_export=config.precision_export if isinstance(config, SftConfig) else "fp32",
     )  # fmt: skip
     return MegatronLearner(NemotronHConfig(**run.model), settings, run.init_folder, seed=run.seed)
+
+
+def trained_distribution(config: StageBase) -> Distribution:
+    """Whose log-probabilities the Learner computes: those of the distribution that sampled, unless the stage says `raw`
+    (or trains without sampling).
+    """
+    from nemo_cascade.algorithms.kept import RAW, Distribution
+
+    if not isinstance(config, RolloutStage) or config.sampling.logprobs == "raw":
+        return RAW
+    return Distribution(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
 
 
 def build_sampler(run: StageRun):

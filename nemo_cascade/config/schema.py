@@ -57,6 +57,10 @@ class OptimizerConfig:
             )
 
 
+LOGPROBS = ("kept", "raw")
+"""Choices of `sampling.logprobs`."""
+
+
 @dataclass
 class SamplingConfig:
     """How rollouts are drawn. `max_new_tokens` bounds one assistant turn, `max_total_tokens` the conversation."""
@@ -67,18 +71,20 @@ class SamplingConfig:
     top_k: int = 0
     max_prompt_tokens: int = 4096  # longer prompts are dropped and counted
     max_total_tokens: int = 8192
+    logprobs: str = "kept"  # kept: of the distribution that sampled | raw: the model's own (temperature 1, every token)
 
     def __post_init__(self) -> None:
         at_least("sampling.temperature", self.temperature, 0.0)
         nucleus("sampling.top_p", self.top_p)
+        choose("sampling.logprobs", self.logprobs, LOGPROBS)
         at_least("sampling.top_k", self.top_k, 0)
         for key in ("max_new_tokens", "max_prompt_tokens", "max_total_tokens"):
             at_least(f"sampling.{key}", getattr(self, key), 1)
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens are left out of the draw at all."""
-        return self.top_k > 0 or self.top_p < 1.0
+        """Whether log-probabilities leave tokens out at all."""
+        return self.logprobs == "kept" and (self.top_k > 0 or self.top_p < 1.0)
 
 
 @dataclass
@@ -245,7 +251,7 @@ class MopdConfig(RolloutStage):
         if self.distill.kind == "full_vocab" and self.sampling.cuts:
             raise UserError(
                 "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them; set "
-                "top_p to 1 and top_k to 0, or choose kind sampled"
+                "top_p to 1 and top_k to 0, choose kind sampled, or sampling.logprobs: raw"
             )
 
 

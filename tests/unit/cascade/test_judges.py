@@ -46,8 +46,8 @@ def test_rows_to_grade_need_a_judge_or_the_word_exact(tmp_path, rows):
         plan(tmp_path, data)
     assert str(caught.value) == (
         f"{tmp_path}/rl.yaml: key 'equivalence_judge' is missing; rows of data.files.long_context are graded by a "
-        "judge (data.options.long_context.grading: exact compares texts instead): set equivalence_judge.serve (a checkpoint, "
-        "hf:PATH) or equivalence_judge.url here or in the cascade file"
+        "judge (data.options.long_context.grading: exact compares texts instead): set equivalence_judge.serve (a "
+        "checkpoint, hf:PATH) or equivalence_judge.url here or in the cascade file"
     )
     measured = f"select: 0, report: 2, domains: [long_context], files: {{long_context: [{rows}]}}"
     with pytest.raises(UserError, match=r"rows of evaluation\.files\.long_context are graded by a judge"):

@@ -204,6 +204,7 @@ def test_diff_lists_what_changed(cascade):
             "stages.if_rl.sampling.temperature=0",
             "sampling.temperature: 0 (greedy) has no log-probabilities to train on; use a value above 0",
         ),
+        ("stages.if_rl.sampling.logprobs=all", "sampling.logprobs: 'all' is not one of kept, raw"),
         ("stages.if_rl.filters.max_invalid_share=2", "filters.max_invalid_share: 2.0 is outside [0, 1]"),
         ("stages.if_rl.loss.kl=-0.1", "loss.kl: -0.1 is below 0.0"),
         ("stages.if_rl.loss.importance_high=0.1", "loss.importance_high: 0.1 is below 0.5"),
@@ -231,3 +232,5 @@ def test_the_exact_reverse_kl_needs_the_whole_vocabulary(cascade, cut):
     said = wrong(cascade, "stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{key}={value}")
     assert "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them" in said
     load_cascade(str(cascade), ["stages.mopd.distill.kind=full_vocab"])
+    raw = ["stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{cut}", "stages.mopd.sampling.logprobs=raw"]
+    load_cascade(str(cascade), raw)
