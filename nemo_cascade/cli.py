@@ -53,16 +53,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Every command's --help ends with an example that works in a fresh checkout."""
+    """The command line. Every command's --help ends with an example that works in a fresh checkout, after what the
+    line before it asks for: a report needs a run.
+    """
     top = argparse.ArgumentParser(
         prog="nemo-cascade", description="Nemotron-Cascade 2, end to end.", formatter_class=_Format
     )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, (add, command, about, example) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=about, description=about, epilog=f"example: {example}", formatter_class=_Format
-        )
+        epilog = f"{FIRST[name]}\nexample: {example}" if name in FIRST else f"example: {example}"
+        sub = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=_Format)
         add(sub)
         sub.set_defaults(command=command)
     return top
@@ -323,6 +324,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
     "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
 }
+FIRST = {"report": "first: nemo-cascade run nano --until if_rl"}
+"""What must have run before a command's example, as its --help says."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -239,11 +239,12 @@ def _unrecorded(folder: Path, num_steps: int) -> str:
 
 def missing_sampler(stages: Iterable[StageBase], hardware: HardwareConfig, origin: str) -> Iterator[str]:
     """Why the hardware file's sampler cannot run here, if a stage samples."""
-    if hardware.sampler == "trtllm" and any(_samples(stage) for stage in stages):
+    if hardware.sampler == "trtllm" and any(samples(stage) for stage in stages):
         yield f"{origin}: key 'sampler': trtllm: {trtllm.refusal()}"
 
 
-def _samples(stage: StageBase) -> bool:
+def samples(stage: StageBase) -> bool:
+    """Whether a stage asks a sampler at all, for training or for its evaluation."""
     if isinstance(stage, RolloutStage) and stage.mode != "train_only":
         return True
     return stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0
