@@ -48,21 +48,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if stray or (rest and "overrides" not in options):
         commands.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Every command's --help ends with an example that works in a fresh checkout."""
+    """The command line. Every command's --help ends with an example that works in a fresh checkout, after what the
+    line before it asks for: a report needs a run.
+    """
     top = argparse.ArgumentParser(
         prog="nemo-cascade", description="Nemotron-Cascade 2, end to end.", formatter_class=_Format
     )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, (add, command, about, example) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=about, description=about, epilog=f"example: {example}", formatter_class=_Format
-        )
+        epilog = f"{FIRST[name]}\nexample: {example}" if name in FIRST else f"example: {example}"
+        sub = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=_Format)
         add(sub)
         sub.set_defaults(command=command)
     return top
@@ -79,7 +80,11 @@ def _cascade(sub: argparse.ArgumentParser) -> None:
 
 def _overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="for example seed=3 stages.if_rl.optimizer.lr=1e-4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for example seed=3 stages.if_rl.optimizer.lr=1e-4",
     )
     sub.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="sets", help="the same, as an option"
@@ -97,7 +102,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Read every file strictly and check what can be known before a run."""
-    from nemo_cascade.cascade.checks import missing_programs
+    from nemo_cascade.cascade.checks import missing_programs, missing_sampler
     from nemo_cascade.cascade.plan import make_plan
 
     loaded = _loaded(options)
@@ -105,7 +110,9 @@ def check(options: argparse.Namespace) -> int:
     if options.diff:
         for line in diff(loaded, load_cascade(options.diff)):
             print(line)
-    for line in dict.fromkeys((*plan.missing, *missing_programs(plan.stages.values()))):
+    stages, hardware = plan.stages.values(), loaded.hardware
+    sampler = missing_sampler(stages, hardware, f"hardware {loaded.cascade.hardware}")
+    for line in dict.fromkeys((*plan.missing, *sampler, *missing_programs(stages))):
         print(f"not on this machine: {line}")
     print(f"{loaded.cascade.name}: {len(plan.stages)} stages in order: {', '.join(plan.graph.order)}")
     return 0
@@ -317,6 +324,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
     "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
 }
+FIRST = {"report": "first: nemo-cascade run nano --until if_rl"}
+"""What must have run before a command's example, as its --help says."""
 
 if __name__ == "__main__":
     sys.exit(main())

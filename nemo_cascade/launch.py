@@ -22,13 +22,16 @@ from nemo_cascade.cascade.artifacts import StageFolder, read_lines
 from nemo_cascade.cascade.local_ranks import RENDEZVOUS, die_with_parent, start_ranks
 from nemo_cascade.cascade.lock import locked
 from nemo_cascade.config.paths import NO_ROOM, explain_os_error
-from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageRun
+from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageBase, StageRun
+from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.types import StageResult, UserError
 
 if TYPE_CHECKING:
+    from nemo_cascade.algorithms.kept import Distribution
     from nemo_cascade.data.chat import ChatTokenizer
     from nemo_cascade.protocols import Domain
+    from nemo_cascade.reward.judge import Judge
 
 LOG = logging.getLogger("nemo_cascade")
 EXIT_USER_ERROR = 2
@@ -132,21 +135,27 @@ def where() -> Place:
 
 def build_learner(run: StageRun, chat: ChatTokenizer):
     """The policy from the folder the stage starts from, or from random weights."""
-    from nemo_cascade.algorithms.kept import RAW, Distribution
     from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
     from nemo_cascade.models.config import NemotronHConfig
 
     config = run.config
-    distribution = RAW
-    if isinstance(config, RolloutStage):
-        sampling = config.sampling
-        distribution = Distribution(sampling.temperature, sampling.top_p, sampling.top_k)
     settings = LearnerSettings(
         optimizer=config.optimizer, num_steps=config.num_steps, micro_batch_tokens=config.micro_batch_tokens,
-        distribution=distribution, hardware=run.hardware, tokenizer=chat.folder,
+        distribution=trained_distribution(config), hardware=run.hardware, tokenizer=chat.folder,
         precision_export=config.precision_export if isinstance(config, SftConfig) else "fp32",
     )  # fmt: skip
     return MegatronLearner(NemotronHConfig(**run.model), settings, run.init_folder, seed=run.seed)
+
+
+def trained_distribution(config: StageBase) -> Distribution:
+    """Whose log-probabilities the Learner computes: those of the distribution that sampled, unless the stage says `raw`
+    (or trains without sampling).
+    """
+    from nemo_cascade.algorithms.kept import RAW, Distribution
+
+    if not isinstance(config, RolloutStage) or config.sampling.logprobs == "raw":
+        return RAW
+    return Distribution(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
 
 
 def build_sampler(run: StageRun):
@@ -191,16 +200,23 @@ class StageDomains:
 @contextmanager
 def build_domains(run: StageRun, place: Place) -> Iterator[StageDomains]:
     """The domains with the services they share; services end with the stage."""
-    from nemo_cascade.cascade.checks import needs_judge
+    from nemo_cascade.cascade import judges
     from nemo_cascade.domains import Services, load
+    from nemo_cascade.reward.preference_judge import PreferenceJudge
 
     with ExitStack() as stack:
         judged = ["preference"] if run.config.data.judge_share else []
         trained, measure = [*run.config.data.domains, *judged], run.config.evaluation
         services = Services()
         stack.callback(services.close)
-        if needs_judge(run.config) and run.config.judge is not None:
-            services.preference_judge = stack.enter_context(preference_judge(run.config.judge, place))
+        asked = [*judges.asked_in_training(run.config), *judges.asked_in_evaluation(measure)]
+        for key, config in judges.configured(run.config, asked).items():
+            judge = stack.enter_context(open_judge(config, place))
+            if isinstance(config, JudgeConfig):
+                services.preference_judge = PreferenceJudge(judge, config)
+            else:
+                assert key == judges.EQUIVALENCE
+                services.equivalence_judge = judge
         training = {name: load(name, services, run.config.data.options.get(name)) for name in trained}
         measured = {name: load(name, services, measure.options.get(name)) for name in measure.domains}
         yield StageDomains(by_both_names(training), by_both_names(measured))
@@ -212,12 +228,11 @@ def by_both_names(domains: Mapping[str, Domain]) -> dict[str, Domain]:
 
 
 @contextmanager
-def preference_judge(config: JudgeConfig, place: Place) -> Iterator[object]:
-    """The judge behind its address; a checkpoint named by `serve` is served by the first rank while the stage runs."""
+def open_judge(config: JudgeAddress, place: Place) -> Iterator[Judge]:
+    """A judge behind its address; a checkpoint named by `serve` is served by the first rank while the stage runs."""
     from nemo_cascade.config.paths import hf_folder
     from nemo_cascade.learner import ranks
     from nemo_cascade.reward.judge import Judge
-    from nemo_cascade.reward.preference_judge import PreferenceJudge
 
     with ExitStack() as stack:
         url = config.url
@@ -229,13 +244,10 @@ def preference_judge(config: JudgeConfig, place: Place) -> Iterator[object]:
                 stack.callback(server.close)
                 url = f"{server.url}/v1"
             url = ranks.gathered(url, everyone=True)[0]
-        if url is None:
-            raise UserError(
-                "judge: neither `serve` (a checkpoint) nor `url` is set; domain preference needs one of them"
-            )
+        assert url is not None, "only judges that have a checkpoint or an address are opened"
         judge = Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries)
         stack.callback(judge.close)
-        yield PreferenceJudge(judge, config)
+        yield judge
 
 
 def train(

@@ -122,13 +122,18 @@ class Case:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How completions are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+    `logprobs` names the distribution that a completion's log-probabilities belong to: `kept`, the one that sampled, or
+    `raw`, the model's own (temperature 1, every token).
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    logprobs: str = "kept"
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """A Sampler's answer. `logprobs` are of the distribution that sampled: logits / temperature on the kept set."""
+    """A Sampler's answer. `logprobs` are of the distribution that sampled: logits / temperature on the kept set (or the
+    model's own where the parameters say `raw`).
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -45,7 +45,7 @@ PREMISES = {
     "answers cut off by the token limit (reward 0 on both sides) can be compared",
     "workplace_assistant": "the recording lacks `ground_truth`; the reference calls are ours, from the request",
 }
-OPTIONS: dict[str, dict[str, Json]] = {"code": {"max_tests": 1000}}
+OPTIONS: dict[str, dict[str, Json]] = {"code": {"max_tests": 1000}, "long_context": {"grading": "exact"}}
 
 
 def _call(name: str, **arguments: Json) -> Json:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_cascade.config.schema import choose
+from nemo_cascade.config.bounds import choose
 
 MAX_LOG_RATIO = 20.0  # e^20: keeps the metrics finite when sampler and learner disagree beyond all measure
 

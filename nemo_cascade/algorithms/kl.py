@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_cascade.config.schema import choose
+from nemo_cascade.config.bounds import choose
 
 
 def estimate(kind: str, logprobs_T: torch.Tensor, reference_T: torch.Tensor) -> torch.Tensor:

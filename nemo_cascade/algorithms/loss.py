@@ -14,7 +14,8 @@ import torch
 
 from nemo_cascade.algorithms import kl
 from nemo_cascade.algorithms.importance import Importance, ratio
-from nemo_cascade.config.schema import DistillConfig, LossConfig, choose
+from nemo_cascade.config.bounds import choose
+from nemo_cascade.config.schema import DistillConfig, LossConfig
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence
@@ -113,7 +114,8 @@ def distillation(cfg: DistillConfig) -> Objective:
     |V(y)| is the number of trained tokens of the sequence, so a masked token does not raise the weight of the others.
 
     `full_vocab` replaces -a_t by the exact reverse KL over the vocabulary at each position. That expectation needs no
-    ratio, so w_t is then 1 inside the bounds and 0 outside. Not valid when sampling cuts the vocabulary (top-p, top-k).
+    ratio, so w_t is then 1 inside the bounds and 0 outside. Not valid when sampling cuts the vocabulary (top-p, top-k)
+    and log-probabilities are those of the kept set.
     """
     importance = Importance("icepop", cfg.importance_low, cfg.importance_high)
     full = cfg.kind == "full_vocab"

@@ -9,13 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_cascade import domains
+from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
+from nemo_cascade.cascade.judges import check_judges
 from nemo_cascade.config.load import Loaded
-from nemo_cascade.config.paths import hf_folder
+from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
+from nemo_cascade.rollout import trtllm
 from nemo_cascade.types import UserError
 
 SANDBOXED = ("code", "swe_agentless", "swe_agentic")
@@ -97,18 +101,7 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
-        if needs_judge(stage) and (stage.judge is None or not (stage.judge.serve or stage.judge.url)):
-            raise UserError(
-                f"{origin}: key 'judge' is missing; groups of domain 'preference' are compared by a judge: set "
-                "judge.serve (hf:nano_judge, hf:PATH) or judge.url here or in the cascade file"
-            )
-
-
-def needs_judge(stage: StageBase) -> bool:
-    """Whether the stage asks the preference judge: one answer alone gets the rubric, several are compared."""
-    if not isinstance(stage, RolloutStage) or stage.mode == "train_only":
-        return False
-    return stage.group_size > 1 and "preference" in stage.data.domains
+    check_judges(stage, origin)
 
 
 def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
@@ -145,12 +138,7 @@ def _check_mixture(stage: StageBase, origin: str) -> None:
         raise UserError(
             f"{origin}: key 'data.domains': the weights sum to 0; give at least one domain, for example {{math: 1}}"
         )
-    for key, table in (("files", data.files), ("options", data.options)):
-        for domain in table:
-            if domain not in data.domains:
-                raise UserError(
-                    f"{origin}: key 'data.{key}.{domain}': not in data.domains{nearest(domain, data.domains)}"
-                )
+    check_training_tables(stage, origin)
 
 
 def _check_domain(name: str, where: str) -> None:
@@ -179,6 +167,7 @@ def outside_file(name: str) -> Path | None:
 
 def check_evaluation(loaded: Loaded, graph: Graph) -> None:
     """Gates and teacher choice have select scores to read."""
+    check_evaluation_tables(loaded)
     for name, stage in loaded.stages.items():
         origin = show(loaded.files[name])
         assert stage.evaluation is not None
@@ -224,10 +213,41 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
         if source.folder is not None and not (source.folder / "config.json").is_file():
             where = f"{show(loaded.path)}: key 'base'" if stage.init == "base" else f"{origin}: key 'init'"
             yield f"{where}: {source.folder} is no Hugging Face folder (config.json is missing)"
-        if stage.judge is not None and stage.judge.serve:
-            folder = hf_folder(stage.judge.serve)
-            if not (folder / "config.json").is_file():
-                yield f"{origin}: key 'judge.serve': {folder} is no Hugging Face folder (config.json is missing)"
+        if isinstance(stage, RolloutStage) and stage.mode == "train_only" and stage.rollouts:
+            problem = _unrecorded(Path(stage.rollouts), stage.num_steps)
+            if problem:
+                yield f"{origin}: key 'rollouts': {problem}"
+        for key, judge in (("judge", stage.judge), ("equivalence_judge", stage.equivalence_judge)):
+            folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
+            if folder is not None and not (folder / "config.json").is_file():
+                yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
+
+
+def _unrecorded(folder: Path, num_steps: int) -> str:
+    """What is not there of the rollouts that `train_only` reads; empty when every step is."""
+    steps = recorded_steps(folder)
+    if not steps:
+        return f"{folder} holds no recorded rollouts (rollouts/step_*.jsonl); name the folder of a stage that sampled"
+    gone = sorted(set(range(num_steps)) - set(steps))
+    if gone:
+        return (
+            f"{folder} has no rollouts of step {gone[0]} and num_steps is {num_steps}; record every step "
+            "(record_every: 1) or lower num_steps"
+        )
+    return ""
+
+
+def missing_sampler(stages: Iterable[StageBase], hardware: HardwareConfig, origin: str) -> Iterator[str]:
+    """Why the hardware file's sampler cannot run here, if a stage samples."""
+    if hardware.sampler == "trtllm" and any(samples(stage) for stage in stages):
+        yield f"{origin}: key 'sampler': trtllm: {trtllm.refusal()}"
+
+
+def samples(stage: StageBase) -> bool:
+    """Whether a stage asks a sampler at all, for training or for its evaluation."""
+    if isinstance(stage, RolloutStage) and stage.mode != "train_only":
+        return True
+    return stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0
 
 
 def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
@@ -254,7 +274,7 @@ def data_files(stage: StageBase) -> Iterator[tuple[str, Path]]:
 
 
 def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
-    """A Hugging Face folder that stages start from has the shape of the model file."""
+    """A Hugging Face folder that stages start from has the shape of the model file, and a tokenizer."""
     for name, source in graph.sources.items():
         path = (source.folder or Path()) / "config.json"
         if source.folder is None or not path.is_file():
@@ -264,3 +284,7 @@ def check_base(loaded: Loaded, graph: Graph, model: NemotronHConfig) -> None:
             raise UserError(
                 f"{show(loaded.files[name])}: key 'init': {path} has not the shape of model {loaded.cascade.model!r}"
             )
+        try:
+            tokenizer_folder(source.folder, model.vocab_size)
+        except UserError as error:
+            raise UserError(f"{show(loaded.files[name])}: key 'init': {error}") from error

@@ -1,7 +1,7 @@
 """Content keys: what a stage's outcome depends on, as one hash. Equal key, equal work; that is what resume rests on.
 
 In the key: the stage's own config, seed, model shape, weights' precision, the contents (not the paths) of data files,
-the Python files of outside domains, the judge where a verifier asks one, and the keys of its init and teacher
+the Python files of outside domains, the judges that its verifiers ask, and the keys of its init and teacher
 candidates. A changed learning rate changes that stage and what is below it, nothing above or beside.
 
 Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, save interval, output, trackers)
@@ -16,26 +16,26 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_cascade import __version__
+from nemo_cascade.cascade import judges
 from nemo_cascade.cascade.checks import data_files, outside_file
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.plan import Plan
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
-from nemo_cascade.config.schema import EvaluationConfig, JudgeConfig, MopdConfig, RolloutStage, StageBase
+from nemo_cascade.config.schema import EvaluationConfig, MopdConfig, RolloutStage, StageBase
 from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.types import UserError
 
 SCHEMA = 1
 """Raised by whoever changes what a stage computes from the same config."""
-VOLATILE = ("save_every", "evaluation", "judge", "gates", "init", "rollouts")
+VOLATILE = ("save_every", "evaluation", "judge", "equivalence_judge", "gates", "init", "rollouts")
 """Fields of a stage that are hashed in another way or not at all."""
-JUDGED = ("preference", "long_context")
-"""Domains whose verdict may come from a judge; those of the user's own count as well."""
-JUDGE_IDENTITY = ("model", "strategy", "swap", "length_weight", "conciseness_bonus")
+NOT_THE_JUDGE = ("serve", "url", "timeout_s", "retries")
+"""Keys of a judge that say where it is and how long to wait; the others, and a served checkpoint, are its identity."""
 
 
 def keys(plan: Plan) -> dict[str, str]:
@@ -66,8 +66,7 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
     }
     if isinstance(stage, RolloutStage):
         content["rollouts"] = folder_sha256(Path(stage.rollouts)) if stage.rollouts else None
-        if stage.judge is not None and any(domain in JUDGED or ":" in domain for domain in stage.data.domains):
-            content["judge"] = _judge_identity(stage.judge)
+        content.update(_judge_identities(stage, judges.asked_in_training(stage)))
     if isinstance(stage, MopdConfig):
         content["teachers"] = [_teacher_identity(plan, source, parents) for source in plan.graph.teaching[name].all]
     return content
@@ -75,12 +74,12 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
 
 def tokenizer_of(plan: Plan, name: str) -> Path:
     """The tokenizer's folder: that of the Hugging Face folder at the root of the stage's weights, else the nano
-    tokenizer.
+    tokenizer where it fits.
     """
     source = plan.graph.sources[name]
     while source.kind == "stage":
         source = plan.graph.sources[source.stage]
-    return tokenizer_folder(source.folder)
+    return tokenizer_folder(source.folder, plan.model.vocab_size)
 
 
 def _source_identity(plan: Plan, source: Source, parents: Mapping[str, str], where: str) -> Any:
@@ -114,10 +113,13 @@ def _select_identity(stage: StageBase) -> dict[str, Any]:
     }
 
 
-def _judge_identity(judge: JudgeConfig) -> dict[str, Any]:
-    identity = {key: value for key, value in dataclasses.asdict(judge).items() if key in JUDGE_IDENTITY}
-    identity["weights"] = content_sha256(hf_folder(judge.serve)) if judge.serve else None
-    return identity
+def _judge_identities(stage: StageBase, asked: Iterable[judges.Asked]) -> dict[str, Any]:
+    """Key of each judge that these verifiers ask -> what decides its verdicts."""
+    found: dict[str, Any] = {}
+    for key, judge in judges.configured(stage, asked).items():
+        found[key] = {name: value for name, value in dataclasses.asdict(judge).items() if name not in NOT_THE_JUDGE}
+        found[key]["weights"] = content_sha256(hf_folder(judge.serve)) if judge.serve else None
+    return found
 
 
 def _domain_code(name: str) -> str:
@@ -131,7 +133,8 @@ def evaluation_key(stage: StageBase) -> str:
     """What a stage's evaluation files were made from; differs when finished weights must be measured again."""
     assert stage.evaluation is not None
     files = [(key, file_sha256(path)) for key, path in data_files(stage) if key.startswith("evaluation.")]
-    return digest({"evaluation": {**dataclasses.asdict(stage.evaluation), "files": []}, "files": files})
+    content = {"evaluation": {**dataclasses.asdict(stage.evaluation), "files": []}, "files": files}
+    return digest({**content, **_judge_identities(stage, judges.asked_in_evaluation(stage.evaluation))})
 
 
 def digest(content: object) -> str:

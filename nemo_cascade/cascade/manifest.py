@@ -103,7 +103,8 @@ def read_manifest(folder: Path) -> Manifest:
     content: dict[str, Any] | None = read_json(folder / MANIFEST)
     if content is None:
         raise UserError(
-            f"{folder}: no {MANIFEST} here; give the folder of a cascade that was run, for example runs/nano"
+            f"{folder}: no {MANIFEST} here; run it first: nemo-cascade run CASCADE, or give the folder of a cascade "
+            "that was run, for example runs/nano"
         )
     try:
         stages = tuple(Entry(**{**row, "domains": tuple(row["domains"])}) for row in content.pop("stages"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_cascade.cascade import checks
 from nemo_cascade.cascade.graph import Graph, build_graph
 from nemo_cascade.config.load import Loaded
-from nemo_cascade.config.schema import HardwareConfig, RolloutStage, SftConfig, StageBase
+from nemo_cascade.config.schema import GrpoConfig, HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import show
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.types import UserError
@@ -48,21 +48,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage takes. Tokens are upper bounds (every rollout as long as allowed); memory is GiB per rank.
+    """What one stage takes. Tokens are upper bounds (every rollout as long as allowed); memory is GiB.
 
-    `training_gib` counts weights, gradients and optimizer state, not activations. `device_hours` assumes DEVICE_FLOPS.
+    Per rank: `weights_gib` of the policy, `training_gib` with gradients and optimizer state; activations are not
+    counted. Per node: `host_gib`, see `host_memory`. `device_hours` assumes DEVICE_FLOPS.
     """
 
     stage: str
     kind: str
     init: str
     steps: int
+    parameters: int
     sampled_tokens: int
     trained_tokens: int
     device_hours: float
     weights_gib: float
     training_gib: float
-    fits: bool
+    host_gib: float
 
 
 def make_plan(loaded: Loaded) -> Plan:
@@ -95,10 +97,8 @@ def _keep(stage: StageBase, wanted: list[int], origin: str) -> StageBase:
 
 def costs(plan: Plan) -> list[Cost]:
     """One Cost per stage, in the order they run."""
-    hardware = plan.loaded.hardware
-    weights, training = memory(plan.model, hardware)
-    fits = hardware.device_memory_gib == 0 or training <= hardware.device_memory_gib * GIB
-    device = "gpu" if hardware.layer_spec == "te" else "cpu"
+    weights, training = memory(plan.model, plan.loaded.hardware)
+    device = "gpu" if plan.loaded.hardware.layer_spec == "te" else "cpu"
     active = plan.model.active_parameter_count()
     rows = []
     for name in plan.graph.order:
@@ -107,16 +107,17 @@ def costs(plan: Plan) -> list[Cost]:
         seconds = (6 * active * trained + 2 * active * sampled / DECODE_SHARE[device]) / DEVICE_FLOPS[device]
         rows.append(
             Cost(
-                name,
-                stage.kind,
-                stage.init,
-                stage.num_steps,
-                sampled,
-                trained,
-                seconds / 3600,
-                weights / GIB,
-                training / GIB,
-                fits,
+                stage=name,
+                kind=stage.kind,
+                init=stage.init,
+                steps=stage.num_steps,
+                parameters=plan.model.parameter_count(),
+                sampled_tokens=sampled,
+                trained_tokens=trained,
+                device_hours=seconds / 3600,
+                weights_gib=weights / GIB,
+                training_gib=training / GIB,
+                host_gib=host_memory(plan, name) / GIB,
             )
         )
     return rows
@@ -153,40 +154,86 @@ def memory(model: NemotronHConfig, hardware: HardwareConfig) -> tuple[float, flo
     return weights, weights + state
 
 
+def host_memory(plan: Plan, name: str) -> float:
+    """Bytes of host memory per node that a stage's weights take.
+
+    Every rank keeps one copy of its shard for each folder it borrows weights from (teachers, the KL reference, other
+    checkpoints it measures) and one of the policy meanwhile. A local sampler holds the whole model in every rank's
+    process. Without a GPU the policy with its optimizer lies there, too.
+    """
+    hardware, model, stage = plan.loaded.hardware, plan.model, plan.stages[name]
+    weights, training = memory(model, hardware)
+    folders = len(borrowed(plan, name))
+    rank = weights * (folders + 1) if folders else 0.0
+    if hardware.sampler == "local" and checks.samples(stage):
+        rank += model.parameter_count() * (4.0 if hardware.precision == "fp32" else 2.0)
+    if hardware.layer_spec != "te":
+        rank += training
+    return rank * hardware.ranks_per_node
+
+
+def borrowed(plan: Plan, name: str) -> set[str]:
+    """The checkpoints besides the policy whose weights a stage puts into it for a while; teachers at most."""
+    stage, source = plan.stages[name], plan.graph.sources[name]
+    found = {f"{name}@{step}" for step in stage.evaluation.steps} if stage.evaluation is not None else set()
+    if stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report == 0:
+        found = set()
+    elif source.folder is not None:
+        found.add(str(source.folder))  # weights that no stage made are measured by those that start from them
+    if isinstance(stage, GrpoConfig) and stage.loss.kl > 0.0:
+        found.add(str(source.folder) if source.folder is not None else source.checkpoint)
+    if isinstance(stage, MopdConfig):
+        teachers = [teacher.checkpoint for teacher in plan.graph.teaching[name].all]
+        found |= set(teachers[: len(stage.data.domains)])
+    return found
+
+
 def table(plan: Plan) -> str:
     """The plan as text: one line per stage, totals, and what does not fit."""
     rows = costs(plan)
-    lines = [f"{'stage':20} {'kind':5} {'starts from':18} {'steps':>6} {'sampled':>9} {'trained':>9} {'device h':>9}"]
-    total = Cost(
-        "total",
-        "",
-        "",
-        sum(row.steps for row in rows),
-        sum(row.sampled_tokens for row in rows),
-        sum(row.trained_tokens for row in rows),
-        sum(row.device_hours for row in rows),
-        rows[0].weights_gib,
-        rows[0].training_gib,
-        rows[0].fits,
-    )
-    for row in (*rows, total):
+    lines = [
+        f"{'stage':20} {'kind':5} {'starts from':18} {'steps':>6} {'sampled':>9} {'trained':>9} {'device h':>9} "
+        f"{'params':>7} {'weights':>8} {'training':>8} {'host':>8}"
+    ]
+    for row in rows:
         lines.append(
-            f"{row.stage:20} {row.kind:5} {row.init:18} {row.steps:>6} {human(row.sampled_tokens):>9} "
-            f"{human(row.trained_tokens):>9} {row.device_hours:>9.2f}"
+            _work(row.stage, row.kind, row.init, row.steps, row.sampled_tokens, row.trained_tokens, row.device_hours)
+            + f" {human(row.parameters):>7} {row.weights_gib:>8.3g} {row.training_gib:>8.3g} {row.host_gib:>8.3g}"
         )
+    sums = [
+        sum(getattr(row, key) for row in rows) for key in ("steps", "sampled_tokens", "trained_tokens", "device_hours")
+    ]
+    lines.append(_work("total", "", "", *sums))
     hardware, model = plan.loaded.hardware, plan.model
+    active = human(model.active_parameter_count())
     lines.append(
-        f"model: {human(model.parameter_count())} parameters, {human(model.active_parameter_count())} active per token"
+        f"model: {human(model.parameter_count())} parameters, {active} active per token; "
+        f"{hardware.world_size} ranks in {hardware.data_parallel} replicas"
     )
     lines.append(
-        f"{hardware.world_size} ranks in {hardware.data_parallel} replicas; per rank {total.weights_gib:.3g} GiB of "
-        f"weights, {total.training_gib:.3g} GiB with gradients and optimizer"
+        "memory in GiB: weights of the policy and training (with gradients and optimizer) per rank; host per node "
+        "(teachers, reference, sampler here); activations not counted"
     )
-    if hardware.device_memory_gib:
-        verdict = "fits in" if total.fits else "DOES NOT FIT in"
-        lines.append(f"memory: {verdict} {hardware.device_memory_gib:g} GiB per device (activations not counted)")
+    lines += _verdicts(rows, hardware)
     lines.append("tokens are upper bounds: every answer as long as allowed")
     return "\n".join(lines)
+
+
+def _work(stage: str, kind: str, init: str, steps: int, sampled: float, trained: float, hours: float) -> str:
+    return f"{stage:20} {kind:5} {init:18} {steps:>6} {human(sampled):>9} {human(trained):>9} {hours:>9.2f}"
+
+
+def _verdicts(rows: Sequence[Cost], hardware: HardwareConfig) -> Iterator[str]:
+    """Whether the largest stage fits where the hardware file says how much memory there is."""
+    for what, limit, key in (
+        ("device", hardware.device_memory_gib, "training_gib"),
+        ("host, per node", hardware.host_memory_gib, "host_gib"),
+    ):
+        if limit:
+            largest = max(rows, key=lambda row: getattr(row, key))
+            needed = getattr(largest, key)
+            verdict = "fits in" if needed <= limit else "DOES NOT FIT in"
+            yield f"{what}: {verdict} {limit:g} GiB ({largest.stage} takes {needed:.3g})"
 
 
 def human(count: float) -> str:

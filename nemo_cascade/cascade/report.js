@@ -74,7 +74,7 @@ function overview() {
     ["wall clock of all stages", clock(seconds), ""], ...DATA.headline.map((tile) => [tile.label, tile.value, tile.note])];
   byId("overview").append(el("h2", {}, "The cascade"),
     el("div", { class: "tiles" }, tiles.map(([label, value, note]) => el("div", { class: "tile" }, el("div", { class: "label" }, label), el("div", { class: "value" }, value), el("div", { class: "note" }, note)))),
-    el("div", { class: "scroll" }, graph()),
+    fittedGraph(),
     el("p", { class: "muted small" }, "Solid: the stage starts from these weights. Dashed: a teacher that was chosen."),
     table([["stage"], ["kind"], ["starts from"], ["trains"], ["steps", 1], ["time", 1], ["reward or loss"], ["state"]], DATA.stages.map((stage) => [
       el("b", {}, stage.name), stage.kind, stage.parent || "base", trains(stage), nowrap(stage.steps_done + " / " + stage.num_steps), nowrap(clock(stage.seconds)), nowrap(spark(stage)), chip(stage.status, TONES[stage.status])])));
@@ -88,38 +88,72 @@ function depths() {
   for (const stage of DATA.stages) depth[stage.name] = stage.parent && stage.parent in depth ? depth[stage.parent] + 1 : 0;
   return depth;
 }
-function graph() {
-  // One column per depth. A stage whose weights nobody starts from, and that is not the last, is a side branch: second row.
-  const depth = depths(), width = 118, gap = 30, last = DATA.stages.reduce((a, b) => (depth[b.name] >= depth[a.name] ? b : a), DATA.stages[0]);
+const NODE = { width: 108, height: 46, gap: 15, row: 70, between: 24 };
+function places(room) {
+  // One column per depth, wrapped into as many bands of equal length as `room` asks for. A stage whose weights nobody starts
+  // from, and that is not the last, is a side branch: a row below.
+  const depth = depths(), deepest = Math.max(...Object.values(depth)) + 1;
+  const fitting = Math.max(2, Math.floor((room - 24 + NODE.gap) / (NODE.width + NODE.gap)));
+  const columns = Math.ceil(deepest / Math.ceil(deepest / fitting)), band = (name) => Math.floor(depth[name] / columns);
+  const last = DATA.stages.reduce((a, b) => (depth[b.name] >= depth[a.name] ? b : a), DATA.stages[0]);
   const main = new Set();
   for (let stage = last; stage; stage = stageNamed(stage.parent)) main.add(stage.name);
-  const used = {}, at = {};
+  const used = {}, rows = {}, tall = [];
   for (const stage of DATA.stages) {
     let row = main.has(stage.name) ? 0 : 1;
     while (used[depth[stage.name] + ":" + row]) row += 1;
     used[depth[stage.name] + ":" + row] = true;
-    at[stage.name] = { x: depth[stage.name] * (width + gap), y: row * 70 + 4 };
+    rows[stage.name] = row;
+    tall[band(stage.name)] = Math.max(tall[band(stage.name)] || 0, row + 1);
   }
-  const columns = Math.max(...Object.values(depth)) + 1, tall = Math.max(...Object.values(at).map((spot) => spot.y)) + 46 + 44;
-  const total = columns * (width + gap) - gap + 4;
-  const root = svg("svg", { viewBox: `-2 -22 ${total} ${tall}`, width: total, height: tall, role: "img", "aria-label": "stages of the cascade" });
+  const top = tall.map((_, index) => 4 + tall.slice(0, index).reduce((sum, count) => sum + count * NODE.row + NODE.between, 0));
+  const at = {};
+  for (const stage of DATA.stages) {
+    const x = (depth[stage.name] % columns) * (NODE.width + NODE.gap);
+    at[stage.name] = { x, y: top[band(stage.name)] + rows[stage.name] * NODE.row, band: band(stage.name) };
+  }
+  return { at, wide: Math.min(columns, deepest) * (NODE.width + NODE.gap) - NODE.gap, tall: top[top.length - 1] + tall[tall.length - 1] * NODE.row };
+}
+function edge(from, to) {
+  const x = from.x + NODE.width, y = from.y + 22, end = to.y + 22;
+  if (from.band !== to.band) return `M${x},${y} h7 V${to.y - 20} H${to.x - 8} V${end} H${to.x}`;
+  if (from.y === to.y) return `M${x},${y} H${to.x}`;
+  return `M${x},${y} C${x + NODE.gap / 2},${y} ${to.x - NODE.gap / 2},${end} ${to.x},${end}`;
+}
+function teaching(from, to) {
+  const x = from.x + NODE.width / 2, end = to.x + NODE.width / 2, foot = from.y + NODE.height;
+  if (from.band !== to.band) return `M${x},${foot} C${x},${foot + 30} ${end},${to.y - 30} ${end},${to.y}`;
+  if (from.y <= to.y) return `M${x},${from.y} C${x},${from.y - 24} ${end},${to.y - 24} ${end},${to.y}`;
+  return `M${from.x + NODE.width},${from.y + 22} C${from.x + NODE.width + 60},${from.y + 22} ${end},${to.y + 84} ${end},${to.y + NODE.height}`;
+}
+function graph(room) {
+  const { at, wide, tall } = places(room);
+  const root = svg("svg", { viewBox: `-12 -22 ${wide + 24} ${tall + 22}`, width: wide + 24, height: tall + 22, role: "img", "aria-label": "stages of the cascade" });
   for (const stage of DATA.stages) {
     const spot = at[stage.name], from = at[stage.parent];
-    if (from) root.append(svg("path", { class: "edge", d: from.y === spot.y ? `M${from.x + width},${from.y + 22} H${spot.x}` : `M${from.x + width},${from.y + 22} C${from.x + width + gap / 2},${from.y + 22} ${spot.x - gap / 2},${spot.y + 22} ${spot.x},${spot.y + 22}` }));
-    for (const teacher of new Set(DATA.teachers.filter((row) => row.stage === stage.name).map((row) => row.teacher.split("@")[0]))) {
-      const source = at[teacher];
-      if (!source) continue;
-      const above = source.y <= spot.y;
-      root.append(svg("path", { class: "edge teach", d: above ? `M${source.x + width / 2},${source.y} C${source.x + width / 2},${source.y - 24} ${spot.x + width / 2},${spot.y - 24} ${spot.x + width / 2},${spot.y}` : `M${source.x + width},${source.y + 22} C${source.x + width + 60},${source.y + 22} ${spot.x + width / 2},${spot.y + 84} ${spot.x + width / 2},${spot.y + 46}` }));
-    }
+    if (from) root.append(svg("path", { class: "edge", d: edge(from, spot) }));
+    const taught = DATA.teachers.filter((row) => row.stage === stage.name).map((row) => row.teacher.split("@")[0]);
+    for (const teacher of new Set(taught)) if (at[teacher]) root.append(svg("path", { class: "edge teach", d: teaching(at[teacher], spot) }));
   }
   for (const stage of DATA.stages) {
-    const spot = at[stage.name];
-    root.append(svg("g", { class: "node " + stage.status, transform: `translate(${spot.x},${spot.y})` }, svg("rect", { width, height: 46, rx: 7 }),
-      svg("text", { x: width / 2, y: 20, "text-anchor": "middle" }, stage.name.length > 17 ? stage.name.slice(0, 16) + "\u2026" : stage.name),
-      svg("text", { class: "sub", x: width / 2, y: 36, "text-anchor": "middle" }, stage.kind + " \u00b7 " + stage.steps_done + " steps")));
+    const spot = at[stage.name], middle = NODE.width / 2;
+    root.append(svg("g", { class: "node " + stage.status, transform: `translate(${spot.x},${spot.y})` }, svg("rect", { width: NODE.width, height: NODE.height, rx: 7 }),
+      svg("text", { x: middle, y: 20, "text-anchor": "middle" }, stage.name.length > 17 ? stage.name.slice(0, 16) + "\u2026" : stage.name),
+      svg("text", { class: "sub", x: middle, y: 36, "text-anchor": "middle" }, stage.kind + " \u00b7 " + stage.steps_done + " steps")));
   }
   return root;
+}
+function fittedGraph() {
+  const box = el("div", { class: "scroll", id: "graph" });
+  let drawn = 0;
+  const draw = () => {
+    if (!box.clientWidth || box.clientWidth === drawn) return;
+    drawn = box.clientWidth;
+    box.replaceChildren(graph(drawn));
+  };
+  requestAnimationFrame(draw);
+  addEventListener("resize", draw);
+  return box;
 }
 
 // --- the ledger --------------------------------------------------------------------------------------------------------

@@ -126,12 +126,15 @@ def view_of(stage: Stage) -> StageView:
 
 
 def spans_of(folder: StageFolder, lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Seconds per part of the stage: timers of all steps, and what was timed outside steps."""
+    """Seconds per part of the stage: timers of all steps, and what was timed outside steps.
+
+    `seconds/training/forward` and the like are parts of a part, counted in it already.
+    """
     spent: dict[str, float] = dict.fromkeys(SPANS, 0.0)
     outside = read_json(folder.path / TIMING_FILE) or {}
     timed = [item for line in lines for item in line.items() if item[0].startswith("seconds/")]
     for name, value in [*((name.partition("/")[2], value) for name, value in timed), *outside.items()]:
-        if name != "total":
+        if name != "total" and "/" not in name:
             shown = name if name in SPANS else "other"
             spent[shown] = spent.get(shown, 0.0) + (value or 0.0)
     return spent

@@ -95,7 +95,9 @@ class Run:
 
     def refuse_missing_programs(self, wanted: list[str]) -> None:
         """Stop before the first stage, not in the evaluation at its end."""
-        for line in checks.missing_programs(self.plan.stages[name] for name in wanted if not self.done(name)):
+        stages, loaded = [self.plan.stages[name] for name in wanted if not self.done(name)], self.plan.loaded
+        sampler = checks.missing_sampler(stages, loaded.hardware, f"hardware {loaded.cascade.hardware}")
+        for line in (*sampler, *checks.missing_programs(stages)):
             raise UserError(line)
 
     def outlook(self, name: str) -> str:

@@ -101,18 +101,39 @@ def _gate(result: Any) -> dict[str, Any]:
     return dict(vars(result))
 
 
+COLUMN = 11
+
+
+def _wrapped(domain: str) -> tuple[str, ...]:
+    """A domain's name over as many lines as it takes to stay narrow: instruction / following. One of the user's own is
+    shown by its class.
+    """
+    lines: list[str] = []
+    for word in domain.rpartition(":")[2].split("_"):
+        if lines and len(lines[-1]) + 1 + len(word) <= COLUMN:
+            lines[-1] += f"_{word}"
+        else:
+            lines.append(word)
+    return tuple(lines)
+
+
 def table(content: Mapping[str, Any]) -> str:
     """Stage x domain: report means in percent, `*` where the gain's interval excludes 0, and the state of each
     stage.
     """
     domains = list(dict.fromkeys(domain for row in content["stages"] for domain in row["scores"]))
-    heads = [domain[:11] for domain in domains]
-    lines = [f"{'stage':20} {'state':8} {'seconds':>8} " + " ".join(f"{head:>11}" for head in heads)]
+    wrapped = [_wrapped(domain) for domain in domains]
+    width = max([COLUMN, *(len(part) for parts in wrapped for part in parts)])
+    height = max([1, *map(len, wrapped)])
+    lines = []
+    for level in range(height):
+        fixed = f"{'stage':20} {'state':8} {'seconds':>8} " if level == height - 1 else " " * 39
+        parts = [("",) * (height - len(words)) + words for words in wrapped]
+        lines.append((fixed + " ".join(f"{words[level]:>{width}}" for words in parts)).rstrip())
     for row in content["stages"]:
         cells = [_cell(row, domain) for domain in domains]
-        lines.append(
-            f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} " + " ".join(f"{cell:>11}" for cell in cells)
-        )
+        fixed = f"{row['name']:20} {row['status']:8} {row['seconds']:>8.0f} "
+        lines.append(fixed + " ".join(f"{cell:>{width}}" for cell in cells))
     if domains:
         lines.append(
             "report tasks, percent; + or - : the gain over the stage's start excludes 0 (95 % paired bootstrap)"

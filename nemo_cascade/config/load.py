@@ -32,9 +32,9 @@ from nemo_cascade.types import UserError
 class Loaded:
     """A cascade with all its files read: what plan, fingerprint and runner work on.
 
-    `stages` keeps the order of the cascade file; every stage has `evaluation` and `judge` filled in. `files` says where
-    each stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file, unchecked
-    here.
+    `stages` keeps the order of the cascade file; every stage has `evaluation` and the judges filled in. `files` says
+    where each stage was read from; `path` is the cascade's own file. `model` holds the fields of the model file,
+    unchecked here.
     """
 
     cascade: CascadeConfig
@@ -71,7 +71,7 @@ def load_cascade(path_or_name: str, overrides: Sequence[str] = ()) -> Loaded:
     routed = [route(text) for text in overrides]
     raw, cascade = _built(CascadeConfig, read_yaml(path), _of(routed, "cascade"), show(path))
     stage_files = _stage_files(cascade, path)
-    defaults = {key: raw[key] for key in ("evaluation", "judge") if raw.get(key) is not None}
+    defaults = {key: raw[key] for key in ("evaluation", "judge", "equivalence_judge") if raw.get(key) is not None}
     stages = {
         name: _read_stage(file, defaults, [item for target, item in routed if target in (f"stages.{name}", "stages.*")])
         for name, file in stage_files.items()
@@ -170,7 +170,7 @@ def _stage_files(cascade: CascadeConfig, path: Path) -> dict[str, Path]:
 
 
 def _read_stage(file: Path, defaults: Raw, overrides: list[Override]) -> StageBase:
-    """One stage file as the class its `kind` names; its `evaluation` and `judge` lie over the cascade's."""
+    """One stage file as the class its `kind` names; its `evaluation` and judges lie over the cascade's."""
     origin = show(file)
     raw = read_yaml(file)
     chosen = [item.value for item in overrides if item.path == ["kind"]]

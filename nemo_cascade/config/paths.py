@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from nemo_cascade.types import UserError
@@ -28,12 +30,28 @@ def hf_folder(reference: str) -> Path:
     return PACKAGED.get(name, Path(name).expanduser())
 
 
-def tokenizer_folder(*candidates: Path | None) -> Path:
-    """The first of `candidates` that holds a tokenizer.json, else the nano tokenizer."""
-    for folder in candidates:
-        if folder is not None and (folder / "tokenizer.json").is_file():
-            return folder
-    return NANO_TOKENIZER
+def tokenizer_folder(folder: Path | None, vocab_size: int) -> Path:
+    """The folder whose tokenizer belongs to the weights in `folder`: itself, or the nano tokenizer for weights without.
+
+    The nano tokenizer fits a checkpoint of exactly its vocabulary; another one was trained on other tokens. Weights
+    from no folder (None: a random draw) have seen none, so there any vocabulary will do that has room for it.
+    """
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return folder
+    size = _nano_vocabulary()
+    if vocab_size == size or (folder is None and vocab_size > size):
+        return NANO_TOKENIZER
+    where = "random weights" if folder is None else str(folder)
+    raise UserError(
+        f"{where}: no tokenizer.json, and the nano tokenizer has {size} tokens where the model has {vocab_size}; "
+        "put the tokenizer of the model into a Hugging Face folder with its weights"
+    )
+
+
+@lru_cache
+def _nano_vocabulary() -> int:
+    content = json.loads((NANO_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    return len({*content["model"]["vocab"], *(token["content"] for token in content["added_tokens"])})
 
 
 def sync_folder(folder: Path) -> None:

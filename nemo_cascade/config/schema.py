@@ -12,19 +12,15 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from nemo_cascade.config.bounds import above, at_least, choose, interval, nucleus, share
+from nemo_cascade.config.schema_data import (
+    DataConfig,
+    EquivalenceJudgeConfig,
+    EvaluationConfig,
+    GateConfig,
+    JudgeConfig,
+)
 from nemo_cascade.types import UserError
-
-
-def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value outside `choices`, naming the key."""
-    if value not in choices:
-        raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}")
-
-
-def at_least(key: str, value: float, low: float) -> None:
-    """Refuse a number below `low`, naming the key."""
-    if value < low:
-        raise UserError(f"{key}: {value} is below {low}")
 
 
 @dataclass
@@ -46,8 +42,23 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         choose("optimizer.schedule", self.schedule, ("constant", "cosine", "linear"))
+        for key in ("lr", "min_lr", "weight_decay", "clip_grad", "warmup_steps", "warmup_from", "expert_bias_rate"):
+            at_least(f"optimizer.{key}", getattr(self, key), 0)
         if len(self.betas) != 2:
             raise UserError("optimizer.betas: two numbers are needed")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"optimizer.betas: {self.betas} are not both in [0, 1)")
+        above("optimizer.eps", self.eps, 0.0)
+        at_least("optimizer.schedule_steps", self.schedule_steps, 1)
+        if self.schedule == "constant" and self.min_lr not in (None, self.lr):
+            raise UserError(
+                f"optimizer.min_lr: {self.min_lr} has no effect with schedule constant; remove it or choose cosine or "
+                "linear"
+            )
+
+
+LOGPROBS = ("kept", "raw")
+"""Choices of `sampling.logprobs`."""
 
 
 @dataclass
@@ -60,11 +71,20 @@ class SamplingConfig:
     top_k: int = 0
     max_prompt_tokens: int = 4096  # longer prompts are dropped and counted
     max_total_tokens: int = 8192
+    logprobs: str = "kept"  # kept: of the distribution that sampled | raw: the model's own (temperature 1, every token)
 
     def __post_init__(self) -> None:
         at_least("sampling.temperature", self.temperature, 0.0)
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"sampling.top_p: {self.top_p} is outside (0, 1]")
+        nucleus("sampling.top_p", self.top_p)
+        choose("sampling.logprobs", self.logprobs, LOGPROBS)
+        at_least("sampling.top_k", self.top_k, 0)
+        for key in ("max_new_tokens", "max_prompt_tokens", "max_total_tokens"):
+            at_least(f"sampling.{key}", getattr(self, key), 1)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether log-probabilities leave tokens out at all."""
+        return self.logprobs == "kept" and (self.top_k > 0 or self.top_p < 1.0)
 
 
 @dataclass
@@ -79,6 +99,8 @@ class FiltersConfig:
 
     def __post_init__(self) -> None:
         choose("filters.overlong", self.overlong, ("penalty", "filter", "neither"))
+        at_least("filters.max_refills", self.max_refills, 0)
+        share("filters.max_invalid_share", self.max_invalid_share)
 
 
 @dataclass
@@ -92,6 +114,7 @@ class AdvantageConfig:
     def __post_init__(self) -> None:
         choose("advantage.baseline", self.baseline, ("mean", "leave_one_out"))
         choose("advantage.scale", self.scale, ("std", "sample_std", "none"))
+        at_least("advantage.eps", self.eps, 0.0)
 
 
 @dataclass
@@ -110,6 +133,9 @@ class LossConfig:
         choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
         choose("loss.kl_type", self.kl_type, ("k1", "k2", "k3"))
         choose("loss.importance", self.importance, ("none", "tis", "icepop"))
+        at_least("loss.kl", self.kl, 0.0)
+        interval("loss.importance_low", self.importance_low, "loss.importance_high", self.importance_high)
+        share("loss.max_masked_share", self.max_masked_share)
 
 
 @dataclass
@@ -124,68 +150,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         choose("distill.kind", self.kind, ("sampled", "full_vocab"))
-
-
-@dataclass
-class DataConfig:
-    """Where tasks or conversations come from. `files` maps a domain to JSONL rows in the released schema; without it
-    the domain's own generator is used."""
-
-    domains: dict[str, float] = field(default_factory=dict)  # mixture weights
-    files: dict[str, list[str]] = field(default_factory=dict)
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # per-domain options
-    flaw_rate: float = 0.0  # SFT: share of faulty demonstrations
-    flaw_rates: dict[str, float] = field(default_factory=dict)  # SFT: domains with a share of their own
-    thinking_share: float = 0.5  # SFT: share of conversations with reasoning on
-    conversations: list[str] = field(default_factory=list)  # SFT: JSONL files with `messages`
-    corpus_share: float = 0.0  # pre-training: share of plain documents
-    judge_share: float = 0.0  # SFT of the judge: share of generated preference pairs with the judge's JSON
-    full_loss: bool = False  # pre-training: every token is trained
-
-
-@dataclass
-class GateConfig:
-    """Checked on `select` tasks when the stage is done: fails when gain < `min_gain` with the interval's upper end
-    below it.
-    """
-
-    domain: str = MISSING
-    min_gain: float = 0.0  # against the checkpoint the stage started from
-    on_fail: str = "warn"  # warn | stop | rollback (children start from the stage's own init instead)
-
-    def __post_init__(self) -> None:
-        choose("gates.on_fail", self.on_fail, ("warn", "stop", "rollback"))
-
-
-@dataclass
-class EvaluationConfig:
-    """Tasks per domain after each stage. 0 switches a set off."""
-
-    select: int = 96
-    report: int = 256
-    other_mode: int = 0  # report tasks in the mode (thinking or instruct) that the domain does not train
-    domains: list[str] = field(default_factory=list)
-    files: dict[str, list[str]] = field(default_factory=dict)  # benchmark rows instead of generated tasks
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # per-domain options, the same for every stage
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 64
-    steps: list[int] = field(default_factory=list)  # also evaluate the checkpoints at these steps
-
-
-@dataclass
-class JudgeConfig:
-    """The preference judge: `serve` a checkpoint on loopback, or call an OpenAI-compatible `url`."""
-
-    serve: Optional[str] = None  # hf:PATH
-    url: Optional[str] = None
-    model: str = "judge"
-    timeout_s: float = 60.0
-    retries: int = 3
-    strategy: str = "all_pairs"  # all_pairs | circular
-    swap: bool = False  # also judge each pair in the other order
-    length_weight: float = 0.5  # w of the group-relative length terms, section 5.4
-    conciseness_bonus: float = 0.5
+        interval("distill.importance_low", self.importance_low, "distill.importance_high", self.importance_high)
+        above("distill.clip_advantage", self.clip_advantage, 0.0)
+        share("distill.max_masked_share", self.max_masked_share)
 
 
 @dataclass
@@ -202,11 +169,13 @@ class StageBase:
     keep_steps: list[int] = field(default_factory=list)  # steps whose weights are exported for `stage@step`
     evaluation: Optional[EvaluationConfig] = None  # None: the cascade's
     gates: list[GateConfig] = field(default_factory=list)
-    judge: Optional[JudgeConfig] = None  # None: the cascade's
+    judge: Optional[JudgeConfig] = None  # of preference groups; None: the cascade's
+    equivalence_judge: Optional[EquivalenceJudgeConfig] = None  # of long-context rows; None: the cascade's
 
     def __post_init__(self) -> None:
         at_least("num_steps", self.num_steps, 1)
         at_least("save_every", self.save_every, 1)
+        at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
 
 
 @dataclass
@@ -221,6 +190,8 @@ class SftConfig(StageBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("reduction", self.reduction, ("token", "sequence"))
+        choose("precision_export", self.precision_export, ("fp32", "bf16"))
+        at_least("max_sequence_tokens", self.max_sequence_tokens, 2)
 
 
 @dataclass
@@ -240,6 +211,11 @@ class RolloutStage(StageBase):
         super().__post_init__()
         choose("mode", self.mode, ("on_policy", "sample_only", "train_only"))
         at_least("record_every", self.record_every, 1)
+        at_least("group_size", self.group_size, 1)
+        if self.sampling.temperature == 0.0:
+            raise UserError(
+                "sampling.temperature: 0 (greedy) has no log-probabilities to train on; use a value above 0"
+            )
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 
@@ -271,6 +247,14 @@ class MopdConfig(RolloutStage):
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distill.kind == "full_vocab" and self.sampling.cuts:
+            raise UserError(
+                "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them; set "
+                "top_p to 1 and top_k to 0, choose kind sampled, or sampling.logprobs: raw"
+            )
+
 
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}
 
@@ -301,6 +285,9 @@ class HardwareConfig:
         choose("hardware.precision", self.precision, ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8"))
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
         choose("hardware.refit", self.refit, ("memory", "files"))
+        at_least("hardware.reward_workers", self.reward_workers, 1)
+        at_least("hardware.device_memory_gib", self.device_memory_gib, 0.0)
+        at_least("hardware.host_memory_gib", self.host_memory_gib, 0.0)
 
     @property
     def world_size(self) -> int:
@@ -336,6 +323,7 @@ class CascadeConfig:
     stages: list[str] = field(default_factory=list)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judge: Optional[JudgeConfig] = None
+    equivalence_judge: Optional[EquivalenceJudgeConfig] = None
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
 

@@ -104,6 +104,9 @@ class SingleTurn(ABC):
                 raise UserError(
                     f"data.options.{self.name}.{key}: no such option{_nearest(key, self.DEFAULTS)}; known: {known}"
                 )
+            if not _alike(value, self.DEFAULTS[key]):
+                wanted = OPTION_TYPES[type(self.DEFAULTS[key])]
+                raise UserError(f"data.options.{self.name}.{key}: {value!r} is not {wanted}")
             self.options[key] = value
 
     def begin(self, task: Task) -> NoReply:
@@ -117,6 +120,16 @@ class SingleTurn(ABC):
     def score_group(self, task: Task, transcripts_G: Sequence[Transcript]) -> list[Outcome]:
         """`score` of each transcript."""
         return [self.score(task, transcript) for transcript in transcripts_G]
+
+
+OPTION_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _alike(value: Json, default: Json) -> bool:
+    """Whether an option is of its default's type; a whole number may stand for a number, true and false for none."""
+    if type(default) not in OPTION_TYPES or type(value) is type(default):
+        return True
+    return type(default) is float and type(value) is int
 
 
 def make_task(

@@ -1,8 +1,8 @@
 """Long context: find one fact among many and answer with it alone (section 5.5; reward 1 or 0).
 
-Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Released rows carry a
-`question` and an `expected_answer` and are compared by a judge model when one is configured, by normalised equality
-otherwise.
+Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Their answers must be exact.
+Released rows carry a `question` and an `expected_answer`; option `grading` says who compares: `judge` (section 4.6, a
+model named by `equivalence_judge`) or `exact` (the last box or the whole answer, without case and final dot).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LongContext(SingleTurn):
     """Questions over long inputs, and their nano form."""
 
     name = "long_context"
-    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2, "phrase": "key"}
+    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2, "phrase": "key", "grading": "judge"}
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
@@ -65,6 +65,8 @@ class LongContext(SingleTurn):
         if self.options["phrase"] not in PHRASES:
             known = ", ".join(PHRASES)
             raise UserError(f"data.options.long_context.phrase: {self.options['phrase']!r} is not one of {known}")
+        if self.options["grading"] not in ("judge", "exact"):
+            raise UserError(f"data.options.long_context.grading: {self.options['grading']!r}; choose judge or exact")
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Prompts such as `Fay's key is 54. The star is red. Ann's key is 37. What is Ann's key?`."""
@@ -96,18 +98,26 @@ class LongContext(SingleTurn):
         messages = rows.input_messages(row, row_id)
         question = rows.verifier_field(row, "question")
         asked = question if isinstance(question, str) else messages[-1].content
-        return make_task(self.name, messages, {"question": asked, "expected_answer": expected, "grading": "judge"})
+        truth: dict[str, Json] = {"question": asked, "expected_answer": expected, "grading": "judge"}
+        if self.options["grading"] == "exact":
+            truth["grading"] = "loose"  # exact but for a box, case and the final dot
+        return make_task(self.name, messages, truth)
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
-        """Nano: exactly the expected text. Released rows: the judge's verdict where there is one."""
+        """Nano: exactly the expected text. Released rows: the judge's verdict, or equal texts, as `grading` says."""
         failed = unanswered(transcript)
         if failed is not None:
             return failed
         answer, expected = transcript.final.content.strip(), str(task.truth["expected_answer"])
-        judge = self.services.equivalence_judge
-        if task.truth["grading"] == "judge" and judge is not None:
-            return grade_equivalence(judge, str(task.truth["question"]), expected, answer)
         if task.truth["grading"] == "judge":
+            judge = self.services.equivalence_judge
+            if judge is None:
+                raise UserError(
+                    "domain long_context: rows are graded by a judge; set equivalence_judge.url or .serve in the "
+                    "cascade file, or the option grading: exact"
+                )
+            return grade_equivalence(judge, str(task.truth["question"]), expected, answer)
+        if task.truth["grading"] == "loose":
             answer, expected = _boxed(answer).casefold().strip(" ."), expected.casefold().strip(" .")
         right = answer == expected
         return Scored(float(right), reason="found" if right else f"wanted {expected[:40]!r}")

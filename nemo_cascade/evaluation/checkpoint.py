@@ -48,7 +48,7 @@ def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) 
     The tasks and draws are those of the cascade's own evaluations, so the numbers can be compared with a report's.
     """
     folder = hf_folder(reference)
-    chat = ChatTokenizer(tokenizer_folder(folder))
+    chat = ChatTokenizer(tokenizer_folder(folder, read_config(folder).vocab_size))
     with ExitStack() as stack:
         services = Services()
         stack.callback(services.close)
@@ -78,12 +78,14 @@ def convert(source: Path, target: Path, dtype: str = "fp32") -> str:
         if not source.is_file():
             raise UserError(f"{source}: no such file")
         model = CascadeModel.restore_from(str(source))
-        return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer_folder())
+        tokenizer = tokenizer_folder(source, model.hf_config.vocab_size)
+        return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer)
     model = CascadeModel.from_hf(source)
     if target.suffix == NEMO:
         model.save_to(str(target))
         return content_sha256(source)
-    return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer_folder(source))
+    tokenizer = tokenizer_folder(source, model.hf_config.vocab_size)
+    return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer)
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Conversation:
 
     def __post_init__(self) -> None:
         folder = hf_folder(self.reference)
-        self.chat = ChatTokenizer(tokenizer_folder(folder))
+        self.chat = ChatTokenizer(tokenizer_folder(folder, read_config(folder).vocab_size))
         self.sampler = open_sampler(folder)
         if self.system:
             self.messages.append(Message("system", self.system))

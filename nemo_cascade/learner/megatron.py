@@ -23,7 +23,7 @@ from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
-from nemo_cascade.learner.schedule import check_schedule, learning_rate
+from nemo_cascade.learner.schedule import learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
@@ -77,7 +77,6 @@ class MegatronLearner:
     ) -> None:
         hardware = settings.hardware
         check_hardware(hardware)
-        check_schedule(settings.optimizer)
         layout = parallel.ParallelLayout.from_hardware(hardware)
         if not parallel.is_started():
             parallel.start(layout, seed=seed, threads=hardware.threads_per_rank)
@@ -128,7 +127,7 @@ class MegatronLearner:
         seconds = time.perf_counter() - begin
         return metrics | watch.metrics() | {
             "grad_norm": norm, "lr": rate, "skipped": float(skipped), "micro_batches": float(len(batches)),
-            "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
+            "seconds/training/update": seconds, "tokens_per_second": metrics["tokens"] / seconds,
         }  # fmt: skip
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:

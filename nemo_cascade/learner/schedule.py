@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from nemo_cascade.config.schema import OptimizerConfig
-from nemo_cascade.types import UserError
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -24,11 +23,3 @@ def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:
     share = min((step - cfg.warmup_steps) / max(last - cfg.warmup_steps, 1), 1.0)
     remaining = 1.0 - share if cfg.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
     return low + (cfg.lr - low) * remaining
-
-
-def check_schedule(cfg: OptimizerConfig) -> None:
-    """Refuse a schedule that would do something else than it says."""
-    if cfg.schedule == "constant" and cfg.min_lr is not None and cfg.min_lr != cfg.lr:
-        raise UserError(
-            f"optimizer.min_lr: {cfg.min_lr} has no effect with schedule constant; remove it or choose cosine or linear"
-        )

@@ -25,5 +25,5 @@ class Stopwatch:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
     def metrics(self) -> dict[str, float]:
-        """`seconds_<part>` of every part."""
-        return {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
+        """`seconds/training/<part>` of every part: what the record's `seconds/training` is made of."""
+        return {f"seconds/training/{part}": seconds for part, seconds in self.seconds.items()}

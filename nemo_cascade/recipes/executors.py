@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from nemo_cascade.config.bounds import at_least, choose
 from nemo_cascade.config.load import find
-from nemo_cascade.config.schema import HardwareConfig, at_least, choose
+from nemo_cascade.config.schema import HardwareConfig
 from nemo_cascade.config.strict import build, read_yaml, show
 from nemo_cascade.types import UserError
 

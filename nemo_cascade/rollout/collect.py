@@ -180,6 +180,7 @@ class _Run:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             stop_ids=tuple(collector.chat.stop_ids),
+            logprobs=sampling.logprobs,
         )
 
     def start_missing(self) -> bool:

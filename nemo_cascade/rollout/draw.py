@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from nemo_cascade.algorithms.kept import keep_mask
+from nemo_cascade.config.bounds import choose
+from nemo_cascade.config.schema import LOGPROBS
 from nemo_cascade.types import SamplingParams, UserError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -39,13 +41,14 @@ def check_params(params: SamplingParams) -> None:
         raise UserError(f"sampling.top_p: {params.top_p} is outside (0, 1]; use 1 to keep every token")
     if params.top_k < 0:
         raise UserError(f"sampling.top_k: {params.top_k} is below 0; use 0 to keep every token")
+    choose("sampling.logprobs", params.logprobs, LOGPROBS)
 
 
 def draw(
     logits_BV: torch.Tensor, uniforms_B: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row and its log-probability under the distribution that sampled it: logits / temperature on the
-    kept set.
+    kept set. With `logprobs: raw` it is the model's own instead; the draw is the same.
 
     Greedy decoding (temperature 0) is a point mass, which has no useful log-probability; it reports the model's own
     (temperature 1, every token kept), as inference servers do. The first of equal logits wins.
@@ -64,4 +67,6 @@ def draw(
         # vocabulary.
         target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
         tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
+        if params.logprobs == "raw":
+            logprobs_BV = torch.log_softmax(logits_BV, -1)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)

@@ -50,6 +50,10 @@ def per_prompt(body: Mapping[str, Json], key: str, count: int) -> list[int] | No
     return [int(item) for item in values]  # type: ignore[arg-type]
 
 
+LOGPROBS_MODES = {"processed_logprobs": "kept", "raw_logprobs": "raw"}
+"""Whose log-probabilities an answer carries, in the words of other inference servers -> `SamplingParams.logprobs`."""
+
+
 def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> Asked:
     """Requests for every prompt, `n` of each; sample i of a prompt uses seed + i. No seed: a fresh one."""
     refuse_unsupported(body)
@@ -62,12 +66,16 @@ def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: 
     stops = body.get("stop_token_ids")
     if stops is not None and not _is_ids(stops):
         raise UserError("stop_token_ids: a list of token ids is needed")
+    mode = body.get("logprobs_mode", "processed_logprobs")
+    if mode not in LOGPROBS_MODES:
+        raise UserError(f"logprobs_mode: {mode!r} is not one of {', '.join(LOGPROBS_MODES)}")
     params = SamplingParams(
         max_new_tokens=max(limits),
         temperature=float(number(body, "temperature", 1.0)),
         top_p=float(number(body, "top_p", 1.0)),
         top_k=int(number(body, "top_k", 0)),
         stop_ids=tuple(stop_ids if stops is None else stops),  # type: ignore[arg-type]
+        logprobs=LOGPROBS_MODES[str(mode)],
     )
     found: Asked = []
     for index, prompt in enumerate(prompts):

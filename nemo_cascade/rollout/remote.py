@@ -101,6 +101,8 @@ class RemoteSampler:
             "logprobs": 1,
             "return_token_ids": True,
         }
+        if params.logprobs == "raw":
+            body["logprobs_mode"] = "raw_logprobs"
         choices = self._call("POST", "/v1/completions", body=body)["choices"]
         assert isinstance(choices, list) and len(choices) == len(requests), "the server lost prompts"
         ordered = sorted(choices, key=lambda choice: choice["index"])  # type: ignore[arg-type, index, return-value]

@@ -13,15 +13,20 @@ from collections.abc import Mapping
 from nemo_cascade.types import Json, UserError
 
 
+def refusal() -> str:
+    """Why a stage cannot sample with TensorRT-LLM in its own process, and what to do instead."""
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        problem = "TensorRT-LLM >= 1.3.0rc21 is not installed here (it lives in NVIDIA's container)"
+    else:
+        problem = "TensorRT-LLM does not run inside the trainer's process"
+    return (
+        f"{problem}; start a server in that container and set `sampler: remote` with `sampler_url`, or use "
+        "`sampler: local`"
+    )
+
+
 class TrtLlmSampler:
     """Refuses to start, in one line that says what is needed instead."""
 
     def __init__(self, model: Mapping[str, Json]) -> None:
-        if importlib.util.find_spec("tensorrt_llm") is None:
-            problem = "TensorRT-LLM >= 1.3.0rc21 is not installed here (it lives in NVIDIA's container)"
-        else:
-            problem = "TensorRT-LLM does not run inside the trainer's process"
-        raise UserError(
-            f"hardware.sampler: trtllm: {problem}; start a server in that container and set `sampler: remote` with "
-            "`sampler_url`, or use `sampler: local`"
-        )
+        raise UserError(f"hardware.sampler: trtllm: {refusal()}")

@@ -83,6 +83,19 @@ def test_logprobs_are_those_of_the_distribution_that_sampled(sampler: AnySampler
             assert logprob == pytest.approx(expected, abs=1e-4)
 
 
+def test_raw_logprobs_are_the_models_own_and_change_no_draw(sampler: AnySampler) -> None:
+    model, asked = DecodeModel(CONFIG, WEIGHTS), requests(4)
+    kept = dict(sampler.sample(asked, SamplingParams(10, temperature=0.7, top_p=0.8)))
+    raw = dict(sampler.sample(asked, SamplingParams(10, temperature=0.7, top_p=0.8, logprobs="raw")))
+    for index, completion in raw.items():
+        assert completion.token_ids == kept[index].token_ids
+        prompt = asked[index].token_ids
+        logits_TV = model.forward([(*prompt, *completion.token_ids)])[0][len(prompt) - 1 : -1]
+        own_T = torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert list(completion.logprobs) == pytest.approx(own_T.tolist(), abs=1e-4)
+        assert sum(kept[index].logprobs) > sum(completion.logprobs) + 0.5  # the kept set has less to choose from
+
+
 def test_draws_follow_the_distribution(sampler: AnySampler) -> None:
     """First tokens of 4,000 seeds against the model's probabilities: chi-square over the likeliest tokens."""
     probabilities_V = torch.softmax(DecodeModel(CONFIG, WEIGHTS).forward([PROMPTS[1]])[0][-1], -1)

@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from nemo_cascade.cascade.plan import make_plan
+from nemo_cascade.config.load import load_cascade
 from nemo_cascade.config.strict import read_yaml
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.types import UserError
 from tests.flow.real_cascade import ROOT, Cascade, environment
 
 HEAD = (
@@ -77,6 +82,56 @@ def test_a_missing_data_file(tmp_path):
     assert said == f"{tmp_path}/rl.yaml: key 'data.files.math': no file nowhere.jsonl"
 
 
+NANO = ROOT / "conf" / "cascade" / "nano.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "stages.sft.data.flaw_rates={maths: 0.0}",
+            "conf/stage/nano/sft.yaml: key 'data.flaw_rates.maths': not in data.domains; did you mean 'math'?",
+        ),
+        (
+            "stages.if_rl.data.options={long_context: {}}",
+            "conf/stage/nano/if_rl.yaml: key 'data.options.long_context': not in data.domains; "
+            "known: instruction_following",
+        ),
+        (
+            "evaluation.options={long_contxt: {phrase: has}}",
+            "conf/cascade/nano.yaml: key 'evaluation.options.long_contxt': not in evaluation.domains; "
+            "did you mean 'long_context'?",
+        ),
+        (
+            "stages.sft.evaluation.files={mqca: [a.jsonl]}",
+            "conf/stage/nano/sft.yaml: key 'evaluation.files.mqca': not in evaluation.domains; did you mean 'mcqa'?",
+        ),
+        (
+            "stages.long_context_rl.data.options={long_context: {phrse: has}}",
+            "conf/stage/nano/long_context_rl.yaml: key 'data.options.long_context.phrse': no such option, "
+            "did you mean 'phrase'?; known: keys, filler, phrase, grading",
+        ),
+        (
+            "evaluation.options={long_context: {phrase: hsa}}",
+            "conf/cascade/nano.yaml: key 'evaluation.options.long_context.phrase': 'hsa' is not one of key, has",
+        ),
+        (
+            "stages.mopd.data.options={swe_agentless: {unreadable_reward: low}}",
+            "conf/stage/nano/mopd.yaml: key 'data.options.swe_agentless.unreadable_reward': 'low' is not a number",
+        ),
+    ],
+)
+def test_a_misspelt_domain_or_option(override, said):
+    with pytest.raises(UserError) as caught:
+        make_plan(load_cascade(str(NANO), [override]))
+    assert str(caught.value) == said
+
+
+def test_a_stage_that_measures_less_keeps_the_options_of_its_cascade():
+    plan = make_plan(load_cascade(str(NANO), ["stages.mopd.evaluation.domains=[math]"]))
+    assert plan.stages["mopd"].evaluation.options == {"long_context": {"phrase": "has"}}
+
+
 def test_init_from_a_stage_that_is_not_there(tmp_path):
     said = check(tmp_path, rl=RL.replace("init: sft", "init: stf"))
     assert said == f"{tmp_path}/rl.yaml: key 'init': no stage 'stf' in this cascade; did you mean 'sft'?"
@@ -111,6 +166,33 @@ def test_a_folder_without_a_checkpoint(tmp_path):
     assert said == f"{tmp_path}/sft.yaml: key 'init': {tmp_path} is no Hugging Face folder (config.json is missing)"
 
 
+def test_training_on_rollouts_that_were_not_recorded(tmp_path):
+    said = check(tmp_path, rl=RL + "mode: train_only\nrollouts: /nowhere\n")
+    assert said == (
+        f"{tmp_path}/rl.yaml: key 'rollouts': /nowhere holds no recorded rollouts (rollouts/step_*.jsonl); "
+        "name the folder of a stage that sampled"
+    )
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000000.jsonl").touch()
+    stage = RL + f"mode: train_only\nrollouts: {tmp_path}\n"
+    said = check(tmp_path, rl=stage.replace("num_steps: 1", "num_steps: 3"))
+    assert said.startswith(
+        f"{tmp_path}/rl.yaml: key 'rollouts': {tmp_path} has no rollouts of step 1 and num_steps is 3; record every"
+    )
+    assert cli("check", str(Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": stage}).path)).returncode == 0
+
+
+def test_a_sampler_that_is_not_on_this_machine(tmp_path):
+    cascade = Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": RL})
+    note = cli("check", str(cascade.path), "hardware.sampler=trtllm")
+    assert (note.returncode, note.stderr) == (0, "")
+    why = "hardware cpu1: key 'sampler': trtllm: TensorRT-LLM"
+    assert note.stdout.startswith(f"not on this machine: {why}")
+    assert "start a server in that container and set `sampler: remote` with `sampler_url`" in note.stdout
+    assert refusal(cli("run", str(cascade.path), "hardware.sampler=trtllm")).startswith(why)
+    assert not cascade.folder.exists()
+
+
 def test_a_checkpoint_of_another_shape(tmp_path):
     model = NemotronHConfig.from_mapping(read_yaml(ROOT / "conf" / "model" / "nano.yaml"), "nano")
     folder = tmp_path / "wide"
@@ -118,6 +200,18 @@ def test_a_checkpoint_of_another_shape(tmp_path):
     (folder / "config.json").write_text(json.dumps({**model.to_hf_json(), "hidden_size": 256}))
     said = check(tmp_path, sft=SFT.replace("init: base", f"init: hf:{folder}"))
     assert said == f"{tmp_path}/sft.yaml: key 'init': {folder}/config.json has not the shape of model 'nano'"
+
+
+def test_a_checkpoint_without_its_tokenizer(tmp_path):
+    model = {**read_yaml(ROOT / "conf" / "model" / "nano.yaml"), "vocab_size": 1024}
+    folder = tmp_path / "mute"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(NemotronHConfig.from_mapping(model, "wider").to_hf_json()))
+    said = check(tmp_path, TWO_STAGES, "model.vocab_size=1024", sft=SFT.replace("init: base", f"init: hf:{folder}"))
+    assert said == (
+        f"{tmp_path}/sft.yaml: key 'init': {folder}: no tokenizer.json, and the nano tokenizer has 512 tokens where "
+        "the model has 1024; put the tokenizer of the model into a Hugging Face folder with its weights"
+    )
 
 
 def test_without_bubblewrap_the_run_is_refused_before_it_starts(tmp_path):

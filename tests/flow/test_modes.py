@@ -23,7 +23,7 @@ COMMON = (
 )
 
 
-def cascade(folder: Path, name: str, stages: dict[str, str]) -> dict[str, StageFolder]:
+def cascade(folder: Path, name: str, stages: dict[str, str], *overrides: str) -> dict[str, StageFolder]:
     """Run the stages, each given by the keys it has beside the common ones; returns their folders."""
     for stage, keys in stages.items():
         (folder / f"{stage}.yaml").write_text(COMMON + keys)
@@ -31,7 +31,7 @@ def cascade(folder: Path, name: str, stages: dict[str, str]) -> dict[str, StageF
         f"name: {name}\nmodel: nano\nbase: random\nhardware: cpu1\nseed: 5\noutput: {folder / 'runs'}\n"
         f"stages: [{', '.join(stages)}]\nevaluation: {{select: 0, report: 0}}\n"
     )
-    place = run(load_cascade(str(folder / f"{name}.yaml")), Options(), lambda line: None)
+    place = run(load_cascade(str(folder / f"{name}.yaml"), overrides), Options(), lambda line: None)
     return {stage: StageFolder(next(place.glob(f"{stage}-*"))) for stage in stages}
 
 
@@ -105,3 +105,14 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
         for name in ("loss", "grad_norm", "reward"):
             assert ours[name] == theirs[name], name
         assert ours["seconds/sampling"] == 0.0
+
+
+def test_raw_logprobs_are_the_same_on_both_sides_and_not_those_that_sampled(tmp_path: Path) -> None:
+    cut = ("stages.*.sampling.temperature=0.6", "stages.*.sampling.top_p=0.8", "stages.raw.sampling.logprobs=raw")
+    stages = dict.fromkeys(("kept", "raw"), "init: base\nnum_steps: 1\nrecord_every: 1\n")
+    folders = cascade(tmp_path, "raw", stages, *cut)
+    kept, raw = (read_metrics(folders[name].path)[0] for name in ("kept", "raw"))
+    assert answers(read_groups(folders["kept"].path, 0)) == answers(read_groups(folders["raw"].path, 0))
+    assert max(kept["gap_abs_max"], raw["gap_abs_max"]) < 1e-3
+    assert raw["entropy"] > kept["entropy"] + 0.1  # mean surprise of the same tokens, without and with the cut
+    assert sha256(folders["raw"]) != sha256(folders["kept"])

@@ -52,7 +52,7 @@ def test_three_steps_on_the_rows_of_every_environment(data: Path, tmp_path: Path
         tmp_path,
         "kind: grpo\ninit: base\nnum_steps: 3\nprompts_per_step: 7\ngroup_size: 2\nrecord_every: 1\n"
         f"data:\n  domains: {dict.fromkeys(GYM, 1)}\n  files: {files}\n"
-        "  options: {swe_agentless: {without_image: similarity}}\n"
+        "  options: {swe_agentless: {without_image: similarity}, long_context: {grading: exact}}\n"
         "sampling: {max_new_tokens: 16, max_prompt_tokens: 4000, max_total_tokens: 4096}\n"
         "optimizer: {lr: 1.0e-4}\n",
     )

@@ -1,6 +1,8 @@
 """The command line: exit codes, one line for a mistake, JSON for programs, no torch before it is needed."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from nemo_cascade import cli
 from nemo_cascade.config.paths import PACKAGED
+from tests.flow.real_cascade import environment
 from tests.flow.small_cascade import write_cascade
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,28 @@ def test_overrides_may_stand_after_options(cascade, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["run", cascade, "--untill=sft"])
     assert caught.value.code == 2
+
+
+def test_status_asks_for_the_cascade_alone(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["status"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the following arguments are required: cascade")
+
+
+def test_heads_of_the_table_tell_domains_apart():
+    from nemo_cascade.cascade.status import table
+
+    names = ["swe_agentless", "swe_agentic", "instruction_following", "math", "a/b.py:Reversed"]
+    scores = {name: {"score": place / 10, "ci_low": 0, "ci_high": 1, "n": 4} for place, name in enumerate(names)}
+    row = {"name": "sft", "status": "done", "seconds": 3.0, "scores": scores, "gains": {}, "recovery": None}
+    lines = table({"stages": [row]}).splitlines()
+    assert lines[0].split() == ["swe", "instruction"]
+    shown = ["agentless", "swe_agentic", "following", "math", "Reversed"]
+    assert lines[1].split() == ["stage", "state", "seconds", *shown]
+    ends = [lines[1].index(word) + len(word) for word in shown]
+    assert [lines[2][:end].split()[-1] for end in ends] == ["0.0", "10.0", "20.0", "30.0", "40.0"]
+    assert lines[0].index("instruction") + len("instruction") == ends[2]
 
 
 def test_diff(cascade, tmp_path, capsys):
@@ -123,9 +148,10 @@ def test_help_ends_with_an_example_of_the_command(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
-    example = capsys.readouterr().out.strip().splitlines()[-1]
+    *_, before, example = capsys.readouterr().out.strip().splitlines()
     assert example == f"example: {cli.COMMANDS[command][3]}"
     assert example.startswith(f"example: nemo-cascade {command} ")
+    assert before == cli.FIRST.get(command, "")
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "run", "status", "audit"])
@@ -135,3 +161,45 @@ def test_examples_work(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert cli.main(cli.COMMANDS[command][3].split()[1:]) == 0
     assert capsys.readouterr().out
+
+
+def test_the_example_of_report_works_after_what_it_asks_for(tmp_path, monkeypatch, capsys):
+    """In an empty folder; the stages are those of the nano cascade, trained by a stand-in."""
+    if not (PACKAGED["nano"] / "config.json").is_file():
+        pytest.skip("the nano base is not trained yet: make nano-base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    example, first = cli.COMMANDS["report"][3], cli.FIRST["report"].removeprefix("first: ")
+    assert cli.main(example.split()[1:]) == 2
+    assert "run it first: nemo-cascade run" in capsys.readouterr().err
+    assert cli.main([*first.split()[1:], *STANDIN]) == 0
+    assert cli.main(example.split()[1:]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "runs/nano/report.html"
+    assert (tmp_path / "runs" / "nano" / "report.html").stat().st_size > 50_000
+
+
+EXPECTED = {
+    "chat": r"(\[thinks\] .+\n)?.+\n",
+    "convert": r"[0-9a-f]{64}\n",
+    "eval": r"math +thinking +0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] over 16\nmcqa .* over 16\n",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted(EXPECTED))
+def test_examples_that_need_torch_work(command, tmp_path):
+    if not (PACKAGED["nano"] / "config.json").is_file():
+        pytest.skip("the nano base is not trained yet: make nano-base")
+    words = shlex.split(cli.COMMANDS[command][3])[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_cascade.cli", *words],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"(?s){EXPECTED[command]}\Z", done.stdout), done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == (["nano.nemo"] if command == "convert" else [])
+
+
+def test_every_example_is_run():
+    tried = {"check", "plan", "run", "status", "audit", "report", *EXPECTED}
+    assert tried == set(cli.COMMANDS)

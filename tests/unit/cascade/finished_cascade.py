@@ -104,6 +104,7 @@ def write_stage(cascade: Path, entry: Entry, skill: dict[str, float], running: b
                 "seconds/reward": 0.1 + 0.3 * stream.random(),
             }
         metrics |= {"grad_norm": 0.5 + stream.random(), "seconds/training": 0.8, "seconds/refit": 0.03}
+        metrics |= {"seconds/training/forward": 0.3, "seconds/training/update": 0.8}  # inside training
         record.step(step, metrics)
     scores(folder.evaluation("final"), entry.name, skill)
     if entry.name == "sft":

@@ -134,7 +134,44 @@ def test_costs_by_hand(cascade):
     active = plan.model.active_parameter_count()
     hours = (6 * active * 1536 + 2 * active * 192 / 0.3) / 3.0e10 / 3600
     assert rows["if_rl"].device_hours == pytest.approx(hours)
-    assert "if_rl" in planning.table(plan)
+    # Two ranks of one node without a GPU: the policy's training and a sampler of the whole model in both; mopd keeps
+    # three teachers (of four candidates, one for each domain) and, while one is borrowed, the policy.
+    assert rows["sft"].host_gib == pytest.approx(2 * (16 + 4) * count / 2**30)
+    assert rows["mopd"].host_gib == pytest.approx(2 * (16 + 4 + 4 * (3 + 1)) * count / 2**30)
+    assert rows["mopd"].parameters == count
+    lines = planning.table(plan).splitlines()
+    assert lines[0].split()[-4:] == ["params", "weights", "training", "host"]
+    assert lines[5].split()[0] == "mopd"
+    assert lines[5].split()[-4:] == [
+        planning.human(count), *(f"{count * factor / 2**30:.3g}" for factor in (4, 16, 72))
+    ]  # fmt: skip
+    assert not any("FIT" in line or "fits" in line for line in lines)
+
+
+def test_what_a_stage_borrows_lies_in_host_memory(cascade):
+    def host(*overrides: str) -> float:
+        plan = make_plan(load_cascade(cascade, ["hardware=cpu1", "hardware.sampler=remote", "hardware.sampler_url=u",
+                                                *overrides]))  # fmt: skip
+        row = next(row for row in planning.costs(plan) if row.stage == "if_rl")
+        return row.host_gib * 2**30 / plan.model.parameter_count()
+
+    assert host() == pytest.approx(16)
+    assert host("stages.if_rl.loss.kl=0.1") == pytest.approx(16 + 4 * 2)
+    assert host("stages.if_rl.loss.kl=0.1", "stages.if_rl.evaluation.steps=[2, 4]") == pytest.approx(16 + 4 * 4)
+    assert host("stages.if_rl.evaluation.steps=[2, 4]", "hardware.sampler=local") == pytest.approx(16 + 4 * 3 + 4)
+
+
+def test_whether_it_fits_is_said_for_device_and_host(cascade):
+    def verdicts(*overrides: str) -> list[str]:
+        lines = planning.table(make_plan(load_cascade(cascade, overrides))).splitlines()
+        return [line for line in lines if line.startswith(("device:", "host, per node:"))]
+
+    assert verdicts() == []
+    roomy = verdicts("hardware.device_memory_gib=1", "hardware.host_memory_gib=2")
+    assert [line.partition(" (")[0] for line in roomy] == ["device: fits in 1 GiB", "host, per node: fits in 2 GiB"]
+    tight = verdicts("hardware.device_memory_gib=0.001", "hardware.host_memory_gib=0.05")
+    assert tight[0].startswith("device: DOES NOT FIT in 0.001 GiB (sft takes ")
+    assert tight[1].startswith("host, per node: DOES NOT FIT in 0.05 GiB (mopd takes ")
 
 
 def test_memory_of_the_large_model_by_hand():

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,17 @@ seen.faults = faults;
 const told = Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) });
 document.body.replaceChildren(told);
 </script>"""
+
+
+MEASURE = """<script>
+setTimeout(() => {
+  const box = document.querySelector("#graph"), right = box.getBoundingClientRect().right;
+  const nodes = [...box.querySelectorAll(".node")].map((node) => node.getBoundingClientRect());
+  const seen = { faults, nodes: nodes.length, scrolls: box.scrollWidth > box.clientWidth,
+    cut: nodes.filter((node) => node.right > right).length, tops: new Set(nodes.map((node) => node.top)).size };
+  document.body.replaceChildren(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+}, 300);
+</script>"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +136,24 @@ def test_a_folder_that_is_no_cascade_is_the_user_s_error(tmp_path: Path) -> None
         write_report(tmp_path)
 
 
+def driven(page: str, folder: Path, *options: str) -> dict[str, Any]:
+    """What the script in the page leaves in `#seen`."""
+    copy = folder / "driven.html"
+    copy.write_text(page)
+    command = [str(CHROMIUM), *QUIET, *options, f"--user-data-dir={folder / 'profile'}", "--dump-dom", copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
+    return json.loads(html.unescape(found[1]))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page is not opened")
 def test_page_in_a_browser(cascade: Path, tmp_path: Path) -> None:
     page = write_report(cascade).read_text()
     page = page.replace("<style>", LISTEN + "<style>", 1).replace("</body>", DRIVE + "</body>")
-    copy = tmp_path / "driven.html"
-    copy.write_text(page)
-    command = [str(CHROMIUM), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    seen = json.loads(html.unescape(found[1]))
-    assert seen["faults"] == [] and "CONSOLE" not in done.stderr
+    seen = driven(page, tmp_path)
+    assert seen["faults"] == []
     assert "log p" in seen["tip"] and "probability" in seen["tip"] and seen["tipGone"]
     assert "change against sft" in seen["cell"]
     assert (seen["first"], seen["second"]) == ("1 of 16", "2 of 16") and seen["step"] == "12"
@@ -143,3 +161,13 @@ def test_page_in_a_browser(cascade: Path, tmp_path: Path) -> None:
     assert seen["change"].startswith("\u2212")
     assert {"loss", "token accuracy", "gradient norm"} <= set(seen["charts"]) and "mean reward" not in seen["charts"]
     assert seen["configs"] == 6
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page is not opened")
+@pytest.mark.parametrize(("width", "levels"), [(1400, 2), (600, 3)])
+def test_no_stage_of_the_graph_is_cut_off(cascade: Path, tmp_path: Path, width: int, levels: int) -> None:
+    """Wide: the main line and its side branch; narrow: the main line goes on below."""
+    page = write_report(cascade).read_text()
+    page = page.replace("<style>", LISTEN + "<style>", 1).replace("</body>", MEASURE + "</body>")
+    seen = driven(page, tmp_path, f"--window-size={width},900", "--virtual-time-budget=5000")
+    assert seen == {"faults": [], "nodes": 6, "scrolls": False, "cut": 0, "tops": levels}

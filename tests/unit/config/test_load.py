@@ -176,3 +176,61 @@ def test_diff_lists_what_changed(cascade):
         "stages.side.data.domains.math: absent -> 1.0",
     ]
     assert diff(left, dataclasses.replace(left)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.if_rl.optimizer.lr=-1", "optimizer.lr: -1.0 is below 0"),
+        ("stages.if_rl.optimizer.lr=.nan", "optimizer.lr: nan is below 0"),
+        ("stages.if_rl.optimizer.betas=[0.9, 2.0]", "optimizer.betas: [0.9, 2.0] are not both in [0, 1)"),
+        ("stages.if_rl.optimizer.eps=0", "optimizer.eps: 0.0 is not above 0.0"),
+        ("stages.if_rl.optimizer.schedule_steps=0", "optimizer.schedule_steps: 0 is below 1"),
+        (
+            "stages.if_rl.optimizer.min_lr=0.01",
+            "optimizer.min_lr: 0.01 has no effect with schedule constant; remove it or choose cosine or linear",
+        ),
+        ("stages.mopd.group_size=0", "group_size: 0 is below 1"),
+        ("stages.if_rl.group_size=1", "group_size: 1 is below 2"),
+        ("evaluation.report=-5", "evaluation.report: -5 is below 0"),
+        ("evaluation.top_p=0", "evaluation.top_p: 0.0 is outside (0, 1]; use 1 to keep every token"),
+        ("stages.sft.data.flaw_rate=7", "data.flaw_rate: 7.0 is outside [0, 1]"),
+        ("stages.sft.data.flaw_rates={math: -0.1}", "data.flaw_rates.math: -0.1 is outside [0, 1]"),
+        ("stages.sft.data.thinking_share=1.5", "data.thinking_share: 1.5 is outside [0, 1]"),
+        ("stages.sft.data.judge_share=-1", "data.judge_share: -1.0 is outside [0, 1]"),
+        ("stages.if_rl.sampling.top_p=1.5", "sampling.top_p: 1.5 is outside (0, 1]; use 1 to keep every token"),
+        ("stages.if_rl.sampling.top_k=-1", "sampling.top_k: -1 is below 0"),
+        (
+            "stages.if_rl.sampling.temperature=0",
+            "sampling.temperature: 0 (greedy) has no log-probabilities to train on; use a value above 0",
+        ),
+        ("stages.if_rl.sampling.logprobs=all", "sampling.logprobs: 'all' is not one of kept, raw"),
+        ("stages.if_rl.filters.max_invalid_share=2", "filters.max_invalid_share: 2.0 is outside [0, 1]"),
+        ("stages.if_rl.loss.kl=-0.1", "loss.kl: -0.1 is below 0.0"),
+        ("stages.if_rl.loss.importance_high=0.1", "loss.importance_high: 0.1 is below 0.5"),
+        ("stages.mopd.distill.clip_advantage=0", "distill.clip_advantage: 0.0 is not above 0.0"),
+        ("stages.mopd.micro_batch_tokens=0", "micro_batch_tokens: 0 is below 1"),
+        ("judge={url: 'http://j', timeout_s: 0}", "judge.timeout_s: 0.0 is not above 0.0"),
+        ("judge={url: 'http://j', strategy: ring}", "judge.strategy: 'ring' is not one of all_pairs, circular"),
+        ("hardware.reward_workers=0", "hardware.reward_workers: 0 is below 1"),
+    ],
+)
+def test_a_value_out_of_bounds(cascade, override, said):
+    assert wrong(cascade, override) == f"override {override!r}: {said}"
+
+
+def test_bounds_name_the_file(cascade):
+    replace(cascade.with_name("sft.yaml"), "lr: 0.02", "lr: 0.02, min_lr: 0.001")
+    said = wrong(cascade)
+    assert said.startswith(f"{cascade.with_name('sft.yaml')}: optimizer.min_lr: 0.001 has no effect with schedule con")
+    assert load_cascade(str(cascade), ["stages.sft.optimizer.schedule=cosine"]).stages["sft"].optimizer.min_lr == 0.001
+
+
+@pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=5"])
+def test_the_exact_reverse_kl_needs_the_whole_vocabulary(cascade, cut):
+    key, value = cut.split("=")
+    said = wrong(cascade, "stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{key}={value}")
+    assert "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them" in said
+    load_cascade(str(cascade), ["stages.mopd.distill.kind=full_vocab"])
+    raw = ["stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{cut}", "stages.mopd.sampling.logprobs=raw"]
+    load_cascade(str(cascade), raw)

@@ -18,10 +18,21 @@ def test_hf_names():
     assert (conf_dir() / "cascade" / "nano.yaml").is_file()
 
 
-def test_the_first_folder_with_a_tokenizer_wins(tmp_path):
-    assert tokenizer_folder(None, tmp_path) == NANO_TOKENIZER
+def test_a_checkpoint_has_its_own_tokenizer_or_the_nano_vocabulary(tmp_path):
+    assert tokenizer_folder(tmp_path, 512) == NANO_TOKENIZER
+    with pytest.raises(UserError) as caught:
+        tokenizer_folder(tmp_path, 131072)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: no tokenizer.json, and the nano tokenizer has 512 tokens where the model has 131072; put the tok"
+    )
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer_folder(None, tmp_path) == tmp_path
+    assert tokenizer_folder(tmp_path, 131072) == tmp_path
+
+
+def test_random_weights_have_room_for_the_nano_tokens():
+    assert tokenizer_folder(None, 512) == tokenizer_folder(None, 16384) == NANO_TOKENIZER
+    with pytest.raises(UserError, match="random weights: .* 512 tokens where the model has 256"):
+        tokenizer_folder(None, 256)
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path, monkeypatch):

@@ -124,12 +124,15 @@ class Verdicts(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def test_long_context_rows_are_judged_where_there_is_a_judge() -> None:
+def test_long_context_rows_are_graded_as_the_option_says() -> None:
     row = {"prompt": "Who?", "question": "Who?", "expected_answer": "darwin"}
-    plain = domains.load("long_context")
+    plain = domains.load("long_context", options={"grading": "exact"})
     task = plain.parse_row(row, "f:1")
     for text, reward in (("Darwin.", 1.0), ("\\boxed{Darwin}", 1.0), ("Charles Darwin", 0.0)):
         assert plain.score(task, Transcript((Message("assistant", text),))).reward == reward
+    task = domains.load("long_context").parse_row(row, "f:1")
+    with pytest.raises(UserError, match=r"graded by a judge; set equivalence_judge\.url"):
+        plain.score(task, Transcript((Message("assistant", "Darwin."),)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Verdicts)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

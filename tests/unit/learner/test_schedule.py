@@ -1,8 +1,7 @@
 import pytest
 
 from nemo_cascade.config.schema import OptimizerConfig
-from nemo_cascade.learner.schedule import check_schedule, learning_rate
-from nemo_cascade.types import UserError
+from nemo_cascade.learner.schedule import learning_rate
 
 
 def rates(cfg: OptimizerConfig, steps: list[int], num_steps: int = 100) -> list[float]:
@@ -26,9 +25,3 @@ def test_linear_over_its_own_steps():
 
 def test_without_min_lr_decay_is_flat():
     assert rates(OptimizerConfig(lr=0.5, schedule="cosine"), [0, 50, 99]) == [0.5, 0.5, 0.5]
-
-
-def test_min_lr_with_a_constant_schedule_is_refused():
-    with pytest.raises(UserError, match="optimizer.min_lr"):
-        check_schedule(OptimizerConfig(lr=1.0, min_lr=0.1))
-    check_schedule(OptimizerConfig(lr=1.0, min_lr=0.1, schedule="linear"))

@@ -1,0 +1,81 @@
+"""Which judges a stage asks. What `check` demands, what a key holds and what launch starts are read here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_cascade.config.schema import EvaluationConfig, RolloutStage, StageBase
+from nemo_cascade.config.schema_data import JudgeAddress
+from nemo_cascade.types import UserError
+
+PREFERENCE, EQUIVALENCE = "judge", "equivalence_judge"
+"""Keys of a stage file: who compares a group's answers, and who compares an answer with the expected one."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A judge that a stage asks: the key of its config, and why. Not `required`: a domain of the user's may ask it."""
+
+    key: str
+    why: str
+    required: bool = True
+
+
+def asked_in_training(stage: StageBase) -> list[Asked]:
+    """The judges behind the rewards: of preference groups (one answer alone gets the rubric) and of graded rows."""
+    if not isinstance(stage, RolloutStage) or stage.mode == "train_only":
+        return []
+    found = _outside(stage.data.domains)
+    if stage.group_size > 1 and "preference" in stage.data.domains:
+        found.append(Asked(PREFERENCE, "groups of domain 'preference' are compared by a judge"))
+    if _graded("long_context", stage.data.files, stage.data.options):
+        found.append(_equivalence("data"))
+    return found
+
+
+def asked_in_evaluation(evaluation: EvaluationConfig | None) -> list[Asked]:
+    """The judges behind the scores. Rows from files are report tasks only."""
+    if evaluation is None or evaluation.select + evaluation.report == 0:
+        return []
+    found = _outside(evaluation.domains)
+    measured = evaluation.report > 0 and "long_context" in evaluation.domains
+    if measured and _graded("long_context", evaluation.files, evaluation.options):
+        found.append(_equivalence("evaluation"))
+    return found
+
+
+def _outside(domains: Iterable[str]) -> list[Asked]:
+    """Nobody knows what a domain of the user's own asks, so it gets every judge that is configured."""
+    own = [domain for domain in domains if ":" in domain]
+    return [Asked(key, f"{own[0]} may ask it", required=False) for key in (PREFERENCE, EQUIVALENCE)] if own else []
+
+
+def _graded(domain: str, files: Mapping[str, Collection[str]], options: Mapping[str, Mapping[str, Any]]) -> bool:
+    return bool(files.get(domain)) and options.get(domain, {}).get("grading", "judge") == "judge"
+
+
+def _equivalence(section: str) -> Asked:
+    return Asked(
+        EQUIVALENCE,
+        f"rows of {section}.files.long_context are graded by a judge ({section}.options.long_context.grading: exact "
+        "compares texts instead)",
+    )
+
+
+def configured(stage: StageBase, asked: Iterable[Asked]) -> dict[str, JudgeAddress]:
+    """Key -> config of the judges that are asked and that the stage or its cascade names."""
+    found = {item.key: getattr(stage, item.key) for item in asked}
+    return {key: judge for key, judge in found.items() if judge is not None and judge.named}
+
+
+def check_judges(stage: StageBase, origin: str) -> None:
+    """Refuse a stage that needs a judge and names none."""
+    for item in (*asked_in_training(stage), *asked_in_evaluation(stage.evaluation)):
+        judge = getattr(stage, item.key)
+        if item.required and (judge is None or not judge.named):
+            raise UserError(
+                f"{origin}: key {item.key!r} is missing; {item.why}: set {item.key}.serve (a checkpoint, hf:PATH) or "
+                f"{item.key}.url here or in the cascade file"
+            )

@@ -1,0 +1,48 @@
+"""Released long-context rows through the real launch: an OpenAI-compatible judge gives rewards and scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.observe.rollouts import read_groups
+from tests.flow.real_cascade import Cascade
+from tests.unit.reward.judging import JudgeServer
+
+ROWS = [
+    {"prompt": f"Ann has {number}. What has {name}?", "expected_answer": "as nobody would write it"}
+    for number, name in ((54, "Ann"), (37, "Ann"))
+]
+
+
+@pytest.mark.slow
+def test_rows_are_rewarded_and_measured_by_the_judge(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with JudgeServer(lambda messages: "CORRECT") as server:
+        head = (
+            f"name: real\nmodel: nano\nbase: hf:nano\nhardware: cpu\nstages: [rl]\n"
+            f"equivalence_judge: {{url: '{server.url}/v1', timeout_s: 30}}\n"
+            f"evaluation: {{select: 0, report: 2, domains: [long_context], files: {{long_context: [{rows}]}}}}\n"
+        )
+        stage = (
+            "kind: grpo\ninit: base\nnum_steps: 1\nprompts_per_step: 2\ngroup_size: 4\nrecord_every: 1\n"
+            f"data: {{domains: {{long_context: 1}}, files: {{long_context: [{rows}]}}}}\n"
+            "sampling: {max_new_tokens: 48, max_prompt_tokens: 160, max_total_tokens: 320}\noptimizer: {lr: 1.0e-4}\n"
+        )
+        cascade = Cascade(tmp_path, head, {"rl": stage})
+        done = cascade.run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        calls = server.calls
+    folder = cascade.stage("rl")
+    outcomes = [rollout.outcome for group in read_groups(folder.path, 0) for rollout in group.rollouts]
+    granted = [outcome for outcome in outcomes if outcome.reason == "CORRECT"]
+    assert len(outcomes) == 8 and granted
+    assert all(outcome.reward == 1.0 for outcome in granted)
+    assert {outcome.reason for outcome in outcomes} <= {"CORRECT", "truncated", "empty answer"}
+    scores = [json.loads(line)["score"] for line in folder.evaluation("final").read_text().splitlines()]
+    initial = [json.loads(line)["score"] for line in folder.evaluation("init").read_text().splitlines()]
+    assert len(scores) == 2 and sum(scores) + sum(initial) > 0
+    assert calls == len(granted) + sum(scores) + sum(initial)
