@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
@@ -82,6 +83,9 @@ class LocalExperts(MegatronModule):
             # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
             # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
             weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
+            # The gradient norm leaves out what it takes for copies on other tensor-parallel ranks. These are not: where
+            # experts are copies, the group over which their norm is summed (expert and pipeline ranks) has one of them.
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor

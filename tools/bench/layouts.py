@@ -1,10 +1,11 @@
 """Does every parallel layout train like one process? `python tools/bench/layouts.py [--json] [LAYOUT ...]`
 
 Five steps of SFT and five of GRPO through the Learner in each layout, in fp32 on gloo, from the same weights and on the
-same sequences. Printed against one process, the largest over both runs and all steps: difference of the loss, relative
-difference of the gradient norm, difference of any weight of the export after the last step, and difference of any
-log-probability then. Exit status 1 where one is out of TOLERANCE. With `--json`: {layout: {"loss_difference",
-"grad_norm_difference", "weight_difference"}}.
+same sequences. Printed against one process, the largest over both runs, all steps and all ranks: difference of the
+loss, relative difference of the gradient norm, difference of any weight of the export after the last step, difference
+of any entry of the first gradient relative to the largest of its tensor, and difference of any log-probability at the
+end. Exit status 1 where one is out of TOLERANCE. With `--json`: {layout: {"loss_difference", "grad_norm_difference",
+"weight_difference"}}.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_cascade.algorithms.loss import cross_entropy, policy_gradient
 from nemo_cascade.config.schema import HardwareConfig, LossConfig, OptimizerConfig
 from nemo_cascade.learner import parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.types import Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_cascade.learner.megatron import MegatronLearner
 
 TOLERANCE = 1e-5
 STEPS = 5
@@ -92,7 +99,7 @@ def sequences(step: int, rank: int, replicas: int) -> list[Sequence]:
 
 
 def train(folder: Path, layout: Layout) -> None:
-    """Both runs from the weights in FOLDER/start; rank 0 leaves steps, log-probabilities and weights in FOLDER."""
+    """Both runs from the weights in FOLDER/start; every rank leaves steps, log-probabilities and weights in FOLDER."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -101,18 +108,38 @@ def train(folder: Path, layout: Layout) -> None:
 
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     runs = {
-        "sft": (cross_entropy("token"), OptimizerConfig(lr=1e-3, weight_decay=0.1, expert_bias_rate=1e-3)),
-        "grpo": (policy_gradient(LossConfig(kl=0.03, importance="tis")), OptimizerConfig(lr=1e-3, clip_grad=0.5)),
+        "sft": (cross_entropy("token"), OptimizerConfig(lr=5e-4, weight_decay=0.1, expert_bias_rate=1e-3)),
+        "grpo": (policy_gradient(LossConfig(kl=0.03, importance="tis")), OptimizerConfig(lr=5e-4, clip_grad=0.1)),
     }
-    steps, weights, scores = {}, {}, {}
+    steps, gradients, weights, scores = {}, {}, {}, {}
     for name, (objective, optimizer) in runs.items():
         settings = LearnerSettings(optimizer, STEPS, layout.micro_batch_tokens, hardware=layout.hardware)
         learner = MegatronLearner(MODEL, settings, init_folder=str(folder / "start"))
-        steps[name] = [learner.update(sequences(step, rank, replicas), objective) for step in range(STEPS)]
+        first: dict[str, torch.Tensor] = {}
+        watched = dataclasses.replace(objective, check=lambda _, seen=first, of=learner: seen or seen.update(read(of)))
+        steps[name] = [learner.update(sequences(step, rank, replicas), watched) for step in range(STEPS)]
+        gradients |= {f"{name} {key}": tensor for key, tensor in first.items()}
         weights |= {f"{name} {key}": tensor.clone() for key, tensor in learner.weights()}
         scores[name] = learner.logprobs(sequences(0, 0, 1))
-    if dist.get_rank() == 0:
-        torch.save({"steps": steps, "weights": weights, "scores": scores}, folder / f"{layout.name}.pt")
+    kept = {"steps": steps, "gradients": gradients, "weights": weights, "scores": scores}
+    torch.save(kept, folder / f"{layout.name}-{dist.get_rank()}.pt")
+
+
+def read(learner: MegatronLearner) -> dict[str, torch.Tensor]:
+    """The summed gradients, put together over the ranks under the names of their weights. Collective.
+
+    Empty with the distributed optimizer, where no rank has them all.
+    """
+    if learner.trainer.distributed:
+        return {}
+    own = [(parameter, parameter.detach().clone()) for parameter in learner.model.parameters()]
+    try:
+        for parameter, _ in own:
+            parameter.data.copy_(parameter.main_grad)
+        return {name: tensor.clone() for name, tensor in learner.weights() if not name.endswith("correction_bias")}
+    finally:
+        for parameter, weight in own:
+            parameter.data.copy_(weight)
 
 
 def worker(folder: Path, names: list[str]) -> None:
@@ -156,15 +183,26 @@ def run_ranks(folder: Path, layouts: list[Layout], timeout_s: float = 900.0) -> 
 
 
 def compare(folder: Path, layout: Layout) -> dict[str, float]:
-    """The layout's row of the table."""
+    """The layout's row of the table: the worst of its ranks."""
+    rows = [compare_rank(folder / f"{ONE.name}-0.pt", folder / f"{layout.name}-{rank}.pt")
+            for rank in range(layout.ranks)]  # fmt: skip
+    return {key: max(row[key] for row in rows) for key in rows[0]}
+
+
+def compare_rank(one_file: Path, other_file: Path) -> dict[str, float]:
+    """What one rank of a layout reports and holds against one process."""
     import torch
 
-    one, other = (torch.load(folder / f"{name}.pt") for name in (ONE.name, layout.name))
+    one, other = torch.load(one_file), torch.load(other_file)
     pairs = [
         (expected, found)
         for run in one["steps"]
         for expected, found in zip(one["steps"][run], other["steps"][run], strict=True)
     ]
+    gradients = [0.0]
+    for name, value in one["gradients"].items():
+        if name in other["gradients"]:
+            gradients.append(float((other["gradients"][name] - value).abs().max() / value.abs().max()))
     weights = [float((other["weights"][name] - value).abs().max()) for name, value in one["weights"].items()]
     scores = [
         abs(x - y)
@@ -176,6 +214,7 @@ def compare(folder: Path, layout: Layout) -> dict[str, float]:
         "loss_difference": max(abs(a["loss"] - b["loss"]) for a, b in pairs),
         "grad_norm_difference": max(abs(a["grad_norm"] / b["grad_norm"] - 1.0) for a, b in pairs),
         "weight_difference": max(weights),
+        "gradient_difference": max(gradients),
         "logprob_difference": max(scores),
     }
 
@@ -216,7 +255,7 @@ def main() -> int:
         shown = {name: {key: row[key] for key in COLUMNS} for name, row in table.items()}
         print(json.dumps(shown, indent=1))
     else:
-        print(f"{'layout':30} {'loss':>9} {'grad norm':>9} {'weights':>9} {'logprobs':>9}")
+        print(f"{'layout':30} {'loss':>9} {'grad norm':>9} {'weights':>9} {'gradients':>9} {'logprobs':>9}")
         for name, row in table.items():
             cells = " ".join(f"{value:9.1e}" for value in row.values())
             print(f"{name:30} {cells}{'' if within(row) else f'  above {TOLERANCE:.0e}'}")
