@@ -198,7 +198,7 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
 
     The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
     """
-    _check_layout(config, layout)
+    _check_layout(config, layout, spec)
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     started = (groups.tp.size(), groups.ep.size(), groups.pp.size(), groups.cp.size())
@@ -226,10 +226,12 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
     return model
 
 
-def _check_layout(config: NemotronHConfig, layout: ParallelLayout) -> None:
+def _check_layout(config: NemotronHConfig, layout: ParallelLayout, spec: str) -> None:
     """A layout must cut heads, groups, layers and experts evenly; said here, because Megatron's assertions name no
     key.
     """
     cut = layout_rules.Cut(layout.tensor, layout.pipeline, layout.context, layout.expert)
     for key, reason in layout_rules.problems(config, cut):
         raise UserError(f"hardware.{key}: {reason}")
+    if layout.context > 1 and spec != "local":
+        raise UserError(f"hardware.context_parallel: {layout.context} needs hardware.layer_spec: local, got {spec}")

@@ -154,6 +154,7 @@ def test_bf16_keeps_per_head_parameters_and_bias_in_fp32(config: NemotronHConfig
         ({"layout": ParallelLayout(tensor=4)}, "tensor_parallel: 4 does not divide the model's n_groups 2"),
         ({"layout": ParallelLayout(tensor=2)}, "started with tensor, expert, pipeline, context (1, 1, 1, 1)"),
         ({"layout": ParallelLayout(context=2)}, "the model is built for (1, 1, 1, 2)"),
+        ({"layout": ParallelLayout(context=2), "spec": "te"}, "context_parallel: 2 needs hardware.layer_spec: local"),
         ({"layout": ParallelLayout(pipeline=4)}, "pipeline_parallel: 4 does not divide"),
         ({"layout": ParallelLayout(expert=3)}, "expert_parallel: 3 does not divide"),
     ],
