@@ -8,8 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_cascade.models import nemotron_h
+from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.context import RowCut, Span, spans_of
 from nemo_cascade.models.mamba import share_columns
+from nemo_cascade.models.packed import packed_row
 from nemo_cascade.models.parallel import ParallelLayout
 
 
@@ -83,3 +86,21 @@ def test_ranks_scan_their_heads_and_the_groups_these_read() -> None:
     four = share_columns(heads=4, head_dim=2, groups=2, state=3, ranks=4).tolist()
     assert four[1] == [2, 3, 8, 9, 10, 14, 15, 16, 21]  # the second rank reads the group of the first
     assert four[2] == [4, 5, 11, 12, 13, 17, 18, 19, 22]
+
+
+def test_a_cut_row_gives_the_logits_and_gradients_of_the_whole_one(layout: ParallelLayout) -> None:
+    # One rank that holds both pieces: every exchange and every attention span of the cut runs, between it and itself.
+    config = NemotronHConfig.preset("nano")
+    torch.manual_seed(5)
+    model = nemotron_h.build(config, layout)
+    tokens, bounds = torch.randint(0, config.vocab_size, (90,)), torch.tensor([0, 7, 8, 61, 90]).int()
+    cut = RowCut.of(bounds, dist.group.WORLD)
+    packed = packed_row(bounds, config.chunk_size, cut)
+    found = []
+    for row in (model.row(tokens, bounds), nemotron_h.Row(cut.own(tokens), packed, 90, 90)):
+        model.zero_grad()
+        logits = row.whole(model.run(row))
+        (logits * torch.linspace(-1, 1, 90)[:, None]).square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, atol=1e-5 * float(one.abs().max()), rtol=0)
