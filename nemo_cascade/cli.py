@@ -102,7 +102,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Read every file strictly and check what can be known before a run."""
-    from nemo_cascade.cascade.checks import missing_programs, missing_sampler
+    from nemo_cascade.cascade.checks import exemptions, missing_programs, missing_sampler
     from nemo_cascade.cascade.plan import make_plan
 
     loaded = _loaded(options)
@@ -114,6 +114,8 @@ def check(options: argparse.Namespace) -> int:
     sampler = missing_sampler(stages, hardware, f"hardware {loaded.cascade.hardware}")
     for line in dict.fromkeys((*plan.missing, *sampler, *missing_programs(stages))):
         print(f"not on this machine: {line}")
+    for line in exemptions(loaded.hardware, plan.model):
+        print(line)
     print(f"{loaded.cascade.name}: {len(plan.stages)} stages in order: {', '.join(plan.graph.order)}")
     return 0
 

@@ -41,14 +41,18 @@ def write_folder(folder: Path, what: str, write: Callable[[Path], None]) -> None
     fail_together(attempt(lambda: _publish(aside, folder), folder, what) if dist.get_rank() == 0 else "")
 
 
-def save(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Write this run's training state. Each model-parallel part is written once, by the first rank that holds it."""
+def save(folder: Path, state: dict[str, Any], meta: dict[str, Any], per_rank: bool = False) -> None:
+    """Write this run's training state. Each model-parallel part is written once, by the first rank that holds it.
+
+    `per_rank`: data-parallel ranks hold different parts too (distributed optimizer).
+    """
     random_states = gathered(torch.get_rng_state(), everyone=True)
-    parts = gathered(part_name(), everyone=True)
+    own = part_name(per_rank)
+    parts = gathered(own, everyone=True)
 
     def write(aside: Path) -> None:
-        if parts.index(part_name()) == dist.get_rank():
-            _write_tensors(aside / part_name(), state)
+        if parts.index(own) == dist.get_rank():
+            _write_tensors(aside / own, state)
         if dist.get_rank() == 0:
             _write_tensors(aside / "random.pt", {"ranks": random_states})
             _write_text(aside / META, json.dumps({"format": FORMAT, "parts": sorted(set(parts)), **meta}, indent=1))
@@ -56,26 +60,30 @@ def save(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
     write_folder(folder, "the training checkpoint", write)
 
 
-def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(folder: Path, per_rank: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state of this rank's part, meta); sets the random stream. UserError says which file cannot be used and why."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder / META}: not a training checkpoint ({error})") from error
-    parts = sorted(set(gathered(part_name(), everyone=True)))
+    parts = sorted(set(gathered(part_name(per_rank), everyone=True)))
     if meta["format"] != FORMAT or meta["parts"] != parts:
         raise UserError(
             f"{folder}: written in format {meta['format']} as {len(meta['parts'])} model-parallel parts, this run has "
             f"format {FORMAT} and {len(parts)} parts; resume with the layout of the run that wrote it"
         )
-    state = _read_tensors(folder / part_name())
+    state = _read_tensors(folder / part_name(per_rank))
     random_states = _read_tensors(folder / "random.pt")["ranks"]
     torch.set_rng_state(random_states[dist.get_rank() % len(random_states)])
     return state, meta
 
 
-def part_name() -> str:
-    """The file of this rank's part: tensor, pipeline and expert coordinates; data-parallel ranks share it."""
+def part_name(per_rank: bool = False) -> str:
+    """The file of this rank's part: tensor, pipeline and expert coordinates; data-parallel ranks share it unless
+    `per_rank`.
+    """
+    if per_rank:
+        return f"rank{dist.get_rank()}.pt"
     tensor = parallel_state.get_tensor_model_parallel_rank()
     pipeline = parallel_state.get_pipeline_model_parallel_rank()
     return f"tensor{tensor}_pipeline{pipeline}_expert{parallel_state.get_expert_model_parallel_rank()}.pt"

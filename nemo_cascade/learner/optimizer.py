@@ -28,10 +28,12 @@ class Trainer:
     optimizer: MegatronOptimizer
 
     @classmethod
-    def wrap(cls, model: NemotronH, cfg: OptimizerConfig, bf16: bool) -> Trainer:
+    def wrap(cls, model: NemotronH, cfg: OptimizerConfig, bf16: bool, distributed: bool = False) -> Trainer:
         """Allocate gradient buffers and optimizer state; after it all data-parallel ranks hold the same weights.
 
-        `calculate_per_token_loss` tells Megatron to add gradients over ranks instead of averaging them.
+        `calculate_per_token_loss` tells Megatron to add gradients over ranks instead of averaging them. `distributed`:
+        each data-parallel rank keeps and applies its part of the optimizer state only (Megatron's distributed
+        optimizer, ZeRO stage 1).
         """
         if cfg.router_frozen:
             freeze_routers(model)
@@ -39,7 +41,9 @@ class Trainer:
         with cuda_as_cpu():
             ddp = DistributedDataParallel(
                 config=model.config,
-                ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+                ),
                 module=model,
             )
             ddp.broadcast_params()
@@ -55,6 +59,7 @@ class Trainer:
                     clip_grad=cfg.clip_grad,
                     bf16=bf16,
                     params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                    use_distributed_optimizer=distributed,
                 ),
                 [ddp],
             )
@@ -93,7 +98,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Weights, expert biases and optimizer state of this rank, as tensors on whatever device they live."""
-        return {"model": tensors(self.model), "optimizer": self.optimizer.state_dict()}
+        state = [self._own_part(part) for part in self._parts()] if self.distributed else self.optimizer.state_dict()
+        return {"model": tensors(self.model), "optimizer": state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, bit for bit."""
@@ -101,8 +107,31 @@ class Trainer:
         if own.keys() != state["model"].keys():
             raise ValueError(f"other tensors than the model's: {sorted(own.keys() ^ state['model'].keys())[:3]}")
         copy_into(own, state["model"])
+        if self.distributed:
+            for part, saved in zip(self._parts(), state["optimizer"], strict=True):
+                copy_into(self._own_part(part)["master"], saved["master"])
+                part.optimizer.load_state_dict(saved["adam"])
+            return
         with cuda_as_cpu():
             self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def distributed(self) -> bool:
+        """Whether each data-parallel rank keeps its own part of the optimizer state."""
+        return self.ddp.ddp_config.use_distributed_optimizer
+
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers of this rank: one for dense parameters and, where they differ, one for experts."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    @staticmethod
+    def _own_part(part: Any) -> dict[str, Any]:
+        """This rank's moments and, in bf16, fp32 weights. Megatron's own state_dict of it leaves both out."""
+        master = [weight for group in part.shard_fp32_from_float16_groups for weight in group if weight is not None]
+        return {
+            "adam": part.optimizer.state_dict(),
+            "master": {str(index): weight.detach() for index, weight in enumerate(master)},
+        }
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

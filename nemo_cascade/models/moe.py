@@ -6,11 +6,13 @@ normalised and scaled by 2.5, fp32). Its SequentialMLP runs one small module per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
@@ -81,6 +83,9 @@ class LocalExperts(MegatronModule):
             # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
             # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
             weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
+            # The gradient norm leaves out what it takes for copies on other tensor-parallel ranks. These are not: where
+            # experts are copies, the group over which their norm is summed (expert and pipeline ranks) has one of them.
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
@@ -110,6 +115,28 @@ def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank:
 def routers(model: torch.nn.Module) -> list[TopKRouter]:
     """The routers of this rank's layers, in layer order."""
     return [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+
+@contextmanager
+def counting_only(model: torch.nn.Module, real_t: torch.Tensor | None) -> Iterator[None]:
+    """Inside the context routers count the tokens marked in `real_t` (None: all) for their bias: padding is no load.
+
+    Megatron's own padding_mask would mask experts instead of tokens (moe/router.py:542 lacks a dimension).
+    """
+    if real_t is None:
+        yield
+        return
+
+    def forget(router: TopKRouter, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if torch.is_grad_enabled():
+            router.local_tokens_per_expert -= routed[1][~real_t].sum(dim=0)
+
+    handles = [router.register_forward_hook(forget) for router in routers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def freeze_routers(model: torch.nn.Module) -> None:

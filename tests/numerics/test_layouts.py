@@ -1,17 +1,45 @@
-"""The same checkpoint on one rank and cut over two: same logits, same export."""
+"""The same checkpoint on one rank and cut over several: same logits, same export, same training."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from nemo_cascade.config.schema import OptimizerConfig
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.parallel import ParallelLayout
+from tests.numerics import cut_learner
+from tools.bench import layouts
+
+FAST = ("dp2_distributed_optimizer", "pp2", "cp2_packed")
+
+
+def run_two(script: str, *arguments: str) -> None:
+    """The script beside this file on two ranks; fails with what they printed when one of them fails."""
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *arguments]
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
 
 
 def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
@@ -25,21 +53,55 @@ def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
         with torch.no_grad():
             expected.append((tokens, bounds, model.packed_logits(tokens, bounds)))
     torch.save(expected, tmp_path / "expected.pt")
-    script = Path(__file__).with_name("cut_over_ranks.py")
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(script), str(tmp_path)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=120)[0].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    run_two("cut_over_ranks.py", str(tmp_path))
+
+
+def test_borrowed_weights_distillation_checkpoint_and_export_in_every_cut(
+    layout: ParallelLayout, tmp_path: Path
+) -> None:
+    settings = LearnerSettings(OptimizerConfig(lr=1e-3), 1)
+    for name, seed in (("start", 3), ("teacher", 4)):
+        MegatronLearner(layouts.MODEL, settings, seed=seed).export(str(tmp_path / name))
+    expected = cut_learner.exercise(tmp_path, layouts.ONE)
+    run_two("cut_learner.py", str(tmp_path), *FAST)
+    for name in FAST:
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            for one, other in zip(expected["taught"], found["taught"], strict=True):
+                assert other == pytest.approx(one, abs=1e-5)
+            assert found["distilled"] == pytest.approx(expected["distilled"], rel=1e-5, abs=1e-6)
+
+
+def check(table: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
+    assert tuple(table) == names
+    assert {name: row for name, row in table.items() if not layouts.within(row)} == {}
+    for row in table.values():
+        assert min(row["loss_difference"], row["weight_difference"]) > 0.0  # other sums round otherwise: it really ran
+
+
+def test_the_row_of_a_layout_that_is_wrong_is_out_of_tolerance(tmp_path: Path) -> None:
+    step = {"loss": 4.0, "grad_norm": 1.0}
+    kept = {"steps": {"sft": [step]}, "gradients": {"sft w": torch.ones(2)}, "weights": {"sft w": torch.ones(2)},
+            "scores": {"sft": [[0.0, -1.0]]}}  # fmt: skip
+    torch.save(kept, tmp_path / "one-0.pt")
+    wrong = {"steps": {"sft": [step | {"grad_norm": 1.001}]}, "gradients": {"sft w": torch.tensor([1.0, 0.5])},
+             "weights": {"sft w": torch.tensor([1.0, 1.25])}, "scores": {"sft": [[0.0, -1.5]]}}  # fmt: skip
+    torch.save(kept, tmp_path / "dp2-0.pt")
+    torch.save(wrong, tmp_path / "dp2-1.pt")
+    row = layouts.compare(tmp_path, layouts.LAYOUTS[0])
+    assert row == pytest.approx(
+        {"loss_difference": 0.0, "grad_norm_difference": 1 - 1 / 1.001, "weight_difference": 0.25,
+         "gradient_difference": 0.5, "logprob_difference": 0.5}
+    )  # fmt: skip
+    assert not layouts.within(row)
+    assert not layouts.within(dict.fromkeys(row, float("nan")))
+
+
+def test_training_over_stages_and_context_is_training_on_one_process() -> None:
+    check(layouts.measure(["pp2", "cp2_packed"]), ("pp2", "cp2_packed"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_layout_trains_like_one_process() -> None:
+    check(layouts.measure([]), tuple(layout.name for layout in layouts.LAYOUTS))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cascade.cascade import checks
 from nemo_cascade.cascade import plan as planning
 from nemo_cascade.cascade.graph import Source, build_graph
 from nemo_cascade.cascade.plan import make_plan
@@ -97,7 +98,7 @@ def test_the_last_step_is_the_stage_itself(cascade):
         ("stages.sft.tokens_per_step=50", "cannot hold one conversation of max_sequence_tokens 64"),
         ("stages.sft.keep_steps=[9]", "key 'keep_steps': 9 is outside 1..4"),
         ("hardware.ranks_per_node=0", "key 'ranks_per_node': 0 is below 1"),
-        ("hardware.pipeline_parallel=2", "key 'pipeline_parallel': 2 is not supported by the Learner"),
+        ("hardware.pipeline_parallel=0", "key 'pipeline_parallel': 0 is below 1"),
         ("hardware.tensor_parallel=3", "2 ranks are not a multiple of"),
         ("hardware.expert_parallel=4", "4 does not divide the 2 ranks"),
         ("hardware.precision=hopper_fp8", "needs layer_spec te"),
@@ -110,10 +111,27 @@ def test_what_cannot_work_is_refused_before_it_runs(cascade, override, words):
     assert words in wrong(cascade, override)
 
 
-def test_a_model_that_cannot_be_cut_is_refused(cascade):
-    assert "num_key_value_heads 2 is not a multiple of 4" in wrong(
-        cascade, "hardware.ranks_per_node=4", "hardware.tensor_parallel=4", "stages.*.prompts_per_step=4"
-    )
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("ranks_per_node=4", "tensor_parallel=4"), "key 'tensor_parallel': 4 does not divide the model's n_groups 2"),
+        (("ranks_per_node=4", "pipeline_parallel=4"), "key 'pipeline_parallel': 4 does not divide the 6 layers"),
+        (("ranks_per_node=6", "expert_parallel=3"), "key 'expert_parallel': 3 does not divide the model's n_routed"),
+        (("context_parallel=2", "layer_spec=te"), "key 'context_parallel': 2 needs layer_spec local"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_is_refused(cascade, overrides, words):
+    assert words in wrong(cascade, *(f"hardware.{override}" for override in overrides))
+
+
+def test_layers_that_fp8_leaves_out_are_listed(cascade):
+    fp8 = ("hardware.precision=hopper_fp8", "hardware.layer_spec=te")
+    assert "leaves no layer in FP8: mixer.in_proj: width 648 is" in wrong(cascade, *fp8, "model.hidden_size=72")
+    loaded = load_cascade("nemotron_cascade_2", ["hardware.precision=hopper_fp8"])
+    lines = list(checks.exemptions(loaded.hardware, make_plan(loaded).model))
+    assert len(lines) == 3
+    assert lines[0].startswith("hopper_fp8: mixer.in_proj stays bf16: width 5,152 after tensor_parallel 2 is no")
+    assert list(checks.exemptions(load_cascade("nemotron_cascade_2").hardware, make_plan(loaded).model)) == []
 
 
 def test_a_cluster_cascade_is_planned_where_its_files_are_not():
@@ -191,6 +209,8 @@ def test_memory_of_the_large_model_by_hand():
     weights, training = planning.memory(model, hardware)
     assert weights == 2.0 * (dense + experts / 8)
     assert training == pytest.approx(weights + dense * (4 + 12 / 8) + experts / 8 * (4 + 12))
+    _, whole = planning.memory(model, dataclasses.replace(hardware, distributed_optimizer=False))
+    assert whole == pytest.approx(weights + (dense + experts / 8) * (4 + 12))
 
 
 def test_human_numbers():

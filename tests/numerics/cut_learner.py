@@ -1,0 +1,86 @@
+"""One rank of test_layouts.py: what a Learner does besides training steps, in several layouts of two ranks.
+
+Run as a script with RANK and WORLD_SIZE set: cut_learner.py FOLDER LAYOUT..., names of tools/bench/layouts.py.
+FOLDER/teacher and FOLDER/start hold weights of its model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from nemo_cascade.learner import parallel
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+
+import torch  # isort: skip
+
+from nemo_cascade.algorithms.loss import cross_entropy, distillation
+from nemo_cascade.config.schema import DistillConfig, OptimizerConfig
+from nemo_cascade.models.hf_folder import content_sha256
+from tools.bench.layouts import LAYOUTS, MODEL, ONE, Layout, sequences
+
+
+def flat(learner: MegatronLearner) -> torch.Tensor:
+    return torch.cat([tensor.flatten().clone() for _, tensor in learner.weights()])
+
+
+def exercise(folder: Path, layout: Layout) -> dict[str, object]:
+    """Borrowed weights, exact distillation, checkpoint and export; what must agree with one process is returned."""
+    rank, replicas = parallel_coordinates()
+    settings = LearnerSettings(
+        OptimizerConfig(lr=5e-4, clip_grad=0.1, expert_bias_rate=1e-3), 20, layout.micro_batch_tokens,
+        hardware=layout.hardware,
+    )  # fmt: skip
+    teacher = str(folder / "teacher")
+    learner = MegatronLearner(MODEL, settings, init_folder=str(folder / "start"))
+    before = flat(learner)
+    everything = sequences(0, 0, 1)
+    with learner.using(teacher):
+        taught = learner.logprobs(everything)
+        borrowed = flat(learner)
+    assert torch.equal(flat(learner), before)
+    assert not torch.equal(borrowed, before)
+    sampled = dict(zip([s.token_ids for s in everything], learner.logprobs(everything), strict=True))
+    own = [
+        dataclasses.replace(s, sampler_logprobs=tuple(sampled[s.token_ids]), teacher=teacher)
+        for s in sequences(0, rank, replicas)
+    ]
+    distilled = learner.update(own, distillation(DistillConfig(kind="full_vocab")))
+    place = folder / layout.name
+    learner.save(str(place / "step_1"), 1)
+    resumed = MegatronLearner(MODEL, settings, seed=99)
+    assert resumed.load(str(place / "step_1")) == 1
+    assert torch.equal(flat(resumed), flat(learner))
+    for step in (1, 2):
+        one, two = (of.update(sequences(step, rank, replicas), cross_entropy("token")) for of in (learner, resumed))
+        assert (one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"])
+    assert torch.equal(flat(resumed), flat(learner))
+    again = MegatronLearner(MODEL, settings, init_folder=teacher)
+    assert again.export(str(place / "again")) == content_sha256(teacher)
+    compared = ("loss", "reverse_kl", "grad_norm", "entropy")
+    return {"taught": taught, "distilled": {key: distilled[key] for key in compared}}
+
+
+def parallel_coordinates() -> tuple[int, int]:
+    """Index and number of data-parallel replicas."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def main(folder: Path, *names: str) -> None:
+    known = {layout.name: layout for layout in (ONE, *LAYOUTS)}
+    for name in names:
+        layout = known[name]
+        cut = parallel.ParallelLayout.from_hardware(layout.hardware)
+        parallel.start(cut, seed=3, rendezvous=folder / f"{name}.meeting", timeout_s=300.0)
+        results = exercise(folder, layout)
+        rank = torch.distributed.get_rank()
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(results))
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
