@@ -20,11 +20,13 @@ from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.data.packing import Packed, pack, to_batch
 from nemo_cascade.learner import checkpoint
 from nemo_cascade.learner.borrow import HostCache
+from nemo_cascade.learner.folder import attempt
 from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
 from nemo_cascade.learner.schedule import check_schedule, learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
+from nemo_cascade.learner.training_state import optimizer_steps, set_optimizer_steps, training_state
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
@@ -93,6 +95,7 @@ class MegatronLearner:
             self._read(init_folder)
         self.trainer = Trainer.wrap(self.model, settings.optimizer, bf16=hardware.precision != "fp32")
         self.cache = HostCache(self.model, self._read)
+        self.writer = checkpoint.CheckpointWriter(hardware.async_save)
         self.updates = 0  # optimizer steps taken, the argument of the schedule
         self.device = next(self.model.parameters()).device
 
@@ -152,18 +155,22 @@ class MegatronLearner:
         return self.cache.using(folder)
 
     def save(self, folder: str, step: int) -> None:
-        """A complete training checkpoint at `folder`, or nothing."""
+        """A complete training checkpoint at `folder`, or nothing; with `hardware.async_save` it appears later."""
         self._own_weights("save")
         meta = {"step": step, "updates": self.updates, "model": dataclasses.asdict(self.config)}
-        checkpoint.save(Path(folder), self.trainer.state(), meta)
+        common = {"optimizer_steps": optimizer_steps(self.trainer)}
+        self.writer.save(Path(folder), training_state(self.trainer), common, meta)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is complete."""
+        self.writer.finish()
 
     def load(self, folder: str) -> int:
-        """Restore a training checkpoint bit for bit; returns its step."""
+        """Restore a training checkpoint, bit for bit in every layout; returns its step."""
         self._own_weights("load")
-        state, meta = checkpoint.load(Path(folder))
-        if meta["model"] != dataclasses.asdict(self.config):
-            raise UserError(f"{folder}: the checkpoint is of another model than this run's; start the stage afresh")
-        self.trainer.load_state(state)
+        self.writer.finish()
+        common, meta = checkpoint.load(Path(folder), training_state(self.trainer), dataclasses.asdict(self.config))
+        set_optimizer_steps(self.trainer, common["optimizer_steps"])
         self.updates = meta["updates"]
         return meta["step"]
 
@@ -177,7 +184,7 @@ class MegatronLearner:
                 convert.save_folder(self.model, self.config, folder, settings.precision_export, settings.tokenizer)
             )
 
-        fail_together(checkpoint.attempt(write, Path(folder), "the exported weights"))
+        fail_together(attempt(write, Path(folder), "the exported weights"))
         return gathered(shas[0], everyone=True)[0]
 
     def _read(self, folder: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -90,19 +89,6 @@ class Trainer:
             if not self.optimizer.step_with_ready_grads():
                 raise RuntimeError("Megatron's optimizer refused a step whose gradients were finite")
         update_expert_bias(self.model, self.cfg.expert_bias_rate)
-
-    def state(self) -> dict[str, Any]:
-        """Weights, expert biases and optimizer state of this rank, as tensors on whatever device they live."""
-        return {"model": tensors(self.model), "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave, bit for bit."""
-        own = tensors(self.model)
-        if own.keys() != state["model"].keys():
-            raise ValueError(f"other tensors than the model's: {sorted(own.keys() ^ state['model'].keys())[:3]}")
-        copy_into(own, state["model"])
-        with cuda_as_cpu():
-            self.optimizer.load_state_dict(state["optimizer"])
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
