@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -36,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_cascade.learner.folder import write_folder
 from nemo_cascade.learner.ranks import fail_together
-from nemo_cascade.learner.stored import REMEDY, check_stored, first_broken
+from nemo_cascade.learner.stored import REMEDY, check_files, check_names, read_index
 from nemo_cascade.learner.training_state import TrainingState
 from nemo_cascade.types import UserError
 
@@ -49,10 +50,11 @@ SLOWEST_WRITER = timedelta(minutes=30)  # between the first rank that has writte
 
 @dataclasses.dataclass(frozen=True)
 class RankPart:
-    """What one rank tells the first about its file: the plan it followed, where each tensor lies, its random stream."""
+    """What one rank tells the first: its file's plan, where each tensor lies in it, Adam's count, its random stream."""
 
     plan: SavePlan
     written: list[WriteResult]
+    steps: int
     random: torch.Tensor
 
 
@@ -70,10 +72,10 @@ class CheckpointWriter:
         # The training loop's collectives go on meanwhile, so the thread needs a group of its own.
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER) if asynchronous else None
 
-    def save(self, folder: Path, state: TrainingState, common: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Write `state`, the layout-free values `common` and the readable `meta`; each tensor once, by one rank."""
+    def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
+        """Write `state` and the readable `meta`; each tensor once, by one of the ranks that hold it."""
         self.finish()
-        write = partial(_write, folder, _Part(state, copied=self.thread is not None), common, meta, self.group)
+        write = partial(_write, folder, _Part(state, copied=self.thread is not None), meta, self.group)
         if self.thread is None:
             write()
         else:
@@ -90,7 +92,7 @@ class _Part:
     """This rank's share of a checkpoint, ready to be written without the help of other ranks."""
 
     def __init__(self, state: TrainingState, copied: bool) -> None:
-        self.random = torch.get_rng_state()
+        self.steps, self.random = state.steps, torch.get_rng_state()
         sharded, _ = save_preprocess(dict(state.sharded), validate_access_integrity=False)
         if copied:
             for entry in nested_values(sharded):
@@ -106,41 +108,41 @@ class _Part:
         """One file; nothing where other ranks hold the same tensors and write them."""
         self.planner.finish_plan(self.plan)
         written = FileSystemWriter(aside).write_data(self.plan, self.planner).wait() if self.plan.items else []
-        return RankPart(self.plan, written, self.random)
+        return RankPart(self.plan, written, self.steps, self.random)
 
-    def complete(self, aside: Path, parts: list[RankPart], common: dict[str, Any], meta: dict[str, Any]) -> None:
+    def complete(self, aside: Path, parts: list[RankPart], meta: dict[str, Any]) -> None:
         """The files that say what lies where. Raises ValueError where the parts do not make up every tensor."""
         _, metadata = self.planner.create_global_plan([part.plan for part in parts])
         FileSystemWriter(aside).finish(metadata, [part.written for part in parts])
-        _write_tensors(aside / COMMON, {**common, "random": [part.random for part in parts]})
+        steps = max(part.steps for part in parts)
+        _write_tensors(aside / COMMON, {"optimizer_steps": steps, "random": [part.random for part in parts]})
         _write_text(aside / META, json.dumps({"format": FORMAT, **meta}, indent=1))
         save_config(CheckpointingConfig("torch_dist", 1), str(aside))
 
 
-def _write(
-    folder: Path, part: _Part, common: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None
-) -> None:
+def _write(folder: Path, part: _Part, meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """The part of saving that runs in either thread."""
     try:
         write_folder(
             folder, "the training checkpoint", part.write,
-            lambda aside, parts: part.complete(aside, parts, common, meta), group,
+            lambda aside, parts: part.complete(aside, parts, meta), group,
         )  # fmt: skip
     except UserError as error:
         LOG.error("%s", error)  # at once: where training goes on meanwhile it is raised a checkpoint later
         raise
 
 
-def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(common, meta) of the checkpoint; fills the live tensors of `state` and sets the random stream.
+def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's meta; fills the live tensors of `state` and sets the random stream.
 
-    Everything is checked before the first tensor is overwritten. UserError says which file cannot be used and why.
+    Files, names and shapes are checked before the first tensor is overwritten. UserError says which file cannot be used
+    and why. On more ranks than the checkpoint was written by, random streams repeat.
     """
     meta = _read_meta(folder)
     if meta["format"] != FORMAT:
         raise UserError(
-            f"{folder / META}: written in format {meta['format']}, this version reads format {FORMAT}; finish the stage "
-            "with the version that wrote it, or delete the folder to start the stage afresh"
+            f"{folder / META}: written in format {meta['format']}, this version reads format {FORMAT}; finish the "
+            "stage with the version that wrote it, or delete the folder to start the stage afresh"
         )
     if meta["model"] != model:
         differing = sorted(key for key in meta["model"].keys() | model if meta["model"].get(key) != model.get(key))
@@ -150,16 +152,20 @@ def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> tuple[dic
         )
     wanted = dict(state.sharded)
     apply_factories(wanted)
-    fail_together(check_stored(folder, list(nested_values(wanted))))
+    index = read_index(folder)
+    problem = check_names(folder, index, nested_values(wanted))
+    fail_together(problem or check_files(folder, index, dist.get_rank(), dist.get_world_size()))
     common = _read_tensors(folder / COMMON)
     try:
-        loaded = dist_checkpointing.load(dict(state.sharded), str(folder), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise UserError(first_broken(folder) or f"{folder}: the checkpoint cannot be read ({error})") from error
-    state.take(loaded)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls torch's reader by an older name
+            loaded = dist_checkpointing.load(dict(state.sharded), str(folder), validate_access_integrity=False)
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        raise UserError(f"{folder}: the checkpoint cannot be read ({error}); {REMEDY}") from error
+    state.take(loaded, common["optimizer_steps"])
     random_states = common["random"]
     torch.set_rng_state(random_states[dist.get_rank() % len(random_states)])
-    return common, meta
+    return meta
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

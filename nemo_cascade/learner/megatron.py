@@ -26,7 +26,7 @@ from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
 from nemo_cascade.learner.schedule import check_schedule, learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
-from nemo_cascade.learner.training_state import optimizer_steps, set_optimizer_steps, training_state
+from nemo_cascade.learner.training_state import training_state
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
@@ -158,8 +158,7 @@ class MegatronLearner:
         """A complete training checkpoint at `folder`, or nothing; with `hardware.async_save` it appears later."""
         self._own_weights("save")
         meta = {"step": step, "updates": self.updates, "model": dataclasses.asdict(self.config)}
-        common = {"optimizer_steps": optimizer_steps(self.trainer)}
-        self.writer.save(Path(folder), training_state(self.trainer), common, meta)
+        self.writer.save(Path(folder), training_state(self.trainer), meta)
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is complete."""
@@ -169,8 +168,8 @@ class MegatronLearner:
         """Restore a training checkpoint, bit for bit in every layout; returns its step."""
         self._own_weights("load")
         self.writer.finish()
-        common, meta = checkpoint.load(Path(folder), training_state(self.trainer), dataclasses.asdict(self.config))
-        set_optimizer_steps(self.trainer, common["optimizer_steps"])
+        state = training_state(self.trainer, loading=True)
+        meta = checkpoint.load(Path(folder), state, dataclasses.asdict(self.config))
         self.updates = meta["updates"]
         return meta["step"]
 

@@ -172,7 +172,7 @@ class Mamba2Mixer(MegatronModule):
         )
         width = self.groups * self.state
         conv = {"x": self.inner, "B": width, "C": width}
-        rows = {"in_proj.weight": {"z": self.inner, **conv, "dt": self.heads}, "conv1d.weight": conv, "conv1d.bias": conv}
-        for name, parts in rows.items():
+        rows = {"z": self.inner, **conv, "dt": self.heads}
+        for name, parts in (("in_proj.weight", rows), ("conv1d.weight", conv), ("conv1d.bias", conv)):
             sharded[prefix + name] = stacked_rows(prefix + name, self.get_parameter(name), parts, groups)
         return sharded

@@ -20,8 +20,8 @@ def stacked_rows(
 ) -> ShardedTensorFactory:
     """A parameter whose dimension 0 stacks several tensors, each cut over the tensor-parallel ranks by itself.
 
-    `parts`: name -> rows on this rank, in order. in_proj of a rank is [z | x | B | C | dt] with its own slice of each, so
-    rows of two ranks laid end to end would be no in_proj; stored are `key`.z, `key`.x, ... whole.
+    `parts`: name -> rows on this rank, in order. in_proj of a rank is [z | x | B | C | dt] with its own slice of each,
+    so rows of two ranks laid end to end would be no in_proj; stored are `key`.z, `key`.x, ... whole.
     """
 
     def cut(
