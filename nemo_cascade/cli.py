@@ -97,7 +97,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Read every file strictly and check what can be known before a run."""
-    from nemo_cascade.cascade.checks import missing_programs
+    from nemo_cascade.cascade.checks import exemptions, missing_programs
     from nemo_cascade.cascade.plan import make_plan
 
     loaded = _loaded(options)
@@ -107,6 +107,8 @@ def check(options: argparse.Namespace) -> int:
             print(line)
     for line in dict.fromkeys((*plan.missing, *missing_programs(plan.stages.values()))):
         print(f"not on this machine: {line}")
+    for line in exemptions(loaded.hardware, plan.model):
+        print(line)
     print(f"{loaded.cascade.name}: {len(plan.stages)} stages in order: {', '.join(plan.graph.order)}")
     return 0
 

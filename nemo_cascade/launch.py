@@ -126,7 +126,9 @@ def where() -> Place:
     import torch.distributed as dist
     from megatron.core import parallel_state as state
 
-    leads = state.get_tensor_model_parallel_rank() == 0 and state.get_context_parallel_rank() == 0
+    within = (state.get_tensor_model_parallel_rank(), state.get_pipeline_model_parallel_rank(),
+              state.get_context_parallel_rank())  # fmt: skip
+    leads = not any(within)
     return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), leads)
 
 

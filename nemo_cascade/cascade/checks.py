@@ -14,6 +14,7 @@ from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
+from nemo_cascade.models import layout_rules
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.types import UserError
@@ -36,12 +37,6 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"{origin}: key {key!r}: {value} is below 1")
-    for key in ("pipeline_parallel", "context_parallel"):
-        if sizes[key] != 1:
-            raise UserError(
-                f"{origin}: key {key!r}: {sizes[key]} is not supported by the Learner; set it to 1 and cut with "
-                "tensor_parallel and expert_parallel"
-            )
     ranks = hardware.world_size
     layout = hardware.tensor_parallel * hardware.pipeline_parallel * hardware.context_parallel
     if ranks % layout:
@@ -53,22 +48,28 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
             f"{origin}: key 'expert_parallel': {hardware.expert_parallel} does not divide the "
             f"{ranks // hardware.pipeline_parallel} ranks of a pipeline stage"
         )
-    parts = (
-        ("num_attention_heads", model.num_attention_heads, "tensor_parallel", hardware.tensor_parallel),
-        ("num_key_value_heads", model.num_key_value_heads, "tensor_parallel", hardware.tensor_parallel),
-        ("mamba_num_heads", model.mamba_num_heads, "tensor_parallel", hardware.tensor_parallel),
-        ("n_groups", model.n_groups, "tensor_parallel", hardware.tensor_parallel),
-        ("vocab_size", model.vocab_size, "tensor_parallel", hardware.tensor_parallel),
-        ("n_routed_experts", model.n_routed_experts, "expert_parallel", hardware.expert_parallel),
-        ("layers", model.num_hidden_layers, "pipeline_parallel", hardware.pipeline_parallel),
+    cut = layout_rules.Cut(
+        hardware.tensor_parallel, hardware.pipeline_parallel, hardware.context_parallel, hardware.expert_parallel
     )
-    for name, whole, key, divisor in parts:
-        if whole % divisor:
-            raise UserError(f"{origin}: key {key!r}: the model's {name} {whole} is not a multiple of {divisor}")
+    for key, reason in layout_rules.problems(model, cut):
+        raise UserError(f"{origin}: key {key!r}: {reason}")
+    if hardware.context_parallel > 1 and hardware.layer_spec != "local":
+        raise UserError(
+            f"{origin}: key 'context_parallel': {hardware.context_parallel} needs layer_spec local; Megatron's own "
+            f"{hardware.layer_spec} layers cut packed rows in another way"
+        )
     if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
         raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if problem := layout_rules.fp8_problem(model, hardware.tensor_parallel, hardware.precision):
+        raise UserError(f"{origin}: key 'precision': {problem}")
     if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
         raise UserError(f"{origin}: key 'sampler_url' is missing; sampler remote needs the address of a service")
+
+
+def exemptions(hardware: HardwareConfig, model: NemotronHConfig) -> Iterator[str]:
+    """The layers that stay bf16 under an FP8 precision, one line each with the reason."""
+    for module, reason in layout_rules.fp8_exempt(model, hardware.tensor_parallel, hardware.precision).items():
+        yield f"{hardware.precision}: {module} stays bf16: {reason}"
 
 
 def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:

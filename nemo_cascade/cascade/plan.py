@@ -136,20 +136,21 @@ def tokens(stage: StageBase) -> tuple[int, int]:
 def memory(model: NemotronHConfig, hardware: HardwareConfig) -> tuple[float, float]:
     """Bytes per rank of (weights, weights + gradients + optimizer state).
 
-    Adam keeps two moments and, below fp32, a master copy, sharded over the replicas outside fp32; gradients are fp32.
+    Adam keeps two moments and, below fp32, a master copy, with the distributed optimizer cut over the replicas (and
+    context-parallel ranks); gradients are fp32.
     """
     per_expert = 2 * model.hidden_size * model.moe_intermediate_size
     experts = len(model.layers("E")) * model.n_routed_experts * per_expert
     dense = model.parameter_count() - experts
     dense_here = dense / (hardware.tensor_parallel * hardware.pipeline_parallel)
     experts_here = experts / (hardware.expert_parallel * hardware.pipeline_parallel)
-    if hardware.precision == "fp32":
-        here = dense_here + experts_here
-        return 4.0 * here, 16.0 * here
-    replicas = hardware.data_parallel * hardware.context_parallel
-    expert_replicas = hardware.world_size / (hardware.expert_parallel * hardware.pipeline_parallel)
-    weights = 2.0 * (dense_here + experts_here)
-    state = dense_here * (4.0 + 12.0 / replicas) + experts_here * (4.0 + 12.0 / expert_replicas)
+    replicas, expert_replicas = 1.0, 1.0
+    if hardware.distributed_optimizer:
+        replicas = hardware.data_parallel * hardware.context_parallel
+        expert_replicas = hardware.world_size / (hardware.expert_parallel * hardware.pipeline_parallel)
+    width, cut = (4.0, 8.0) if hardware.precision == "fp32" else (2.0, 12.0)
+    weights = width * (dense_here + experts_here)
+    state = dense_here * (4.0 + cut / replicas) + experts_here * (4.0 + cut / expert_replicas)
     return weights, weights + state
 
 

@@ -286,6 +286,7 @@ class HardwareConfig:
     pipeline_parallel: int = 1
     expert_parallel: int = 1
     context_parallel: int = 1
+    distributed_optimizer: bool = False  # cut optimizer state and gradient sums over the data-parallel ranks
     layer_spec: str = "local"  # local | te
     precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8
     sampler: str = "local"  # local | remote | trtllm

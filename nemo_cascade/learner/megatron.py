@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from megatron.core import parallel_state
 from nemo_cascade.algorithms.kept import RAW, Distribution
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.data.packing import Packed, pack, to_batch
-from nemo_cascade.learner import checkpoint
+from nemo_cascade.learner import checkpoint, pipeline
 from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.folder import attempt
 from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
@@ -37,11 +38,6 @@ from nemo_cascade.types import Sequence as TokenSequence
 
 def check_hardware(hardware: HardwareConfig) -> None:
     """Refuse what this Learner would not do, before anything is built."""
-    if hardware.pipeline_parallel != 1:
-        raise UserError(
-            f"hardware.pipeline_parallel: {hardware.pipeline_parallel} is not supported by the Learner; set it to 1, "
-            "cut with tensor_parallel and expert_parallel"
-        )
     if hardware.precision != "fp32" and not torch.cuda.is_available():
         raise UserError(
             f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32"
@@ -70,8 +66,8 @@ class MegatronLearner:
 
     `policy` is the NeMo model, `model` the Megatron-core network in it, `trainer` its gradient buffers and optimizer.
 
-    `update` gives the same step for every number of data-parallel ranks and every micro-batch size, up to the rounding
-    of sums. Pipeline and context parallelism are refused; fp8 and bf16 are refused where there is no GPU.
+    `update` gives the same step for every parallel layout and every micro-batch size, up to the rounding of sums. fp8
+    and bf16 are refused where there is no GPU.
     """
 
     def __init__(
@@ -93,7 +89,9 @@ class MegatronLearner:
         self.model: NemotronH = self.policy.model
         if init_folder is not None:
             self._read(init_folder)
-        self.trainer = Trainer.wrap(self.model, settings.optimizer, bf16=hardware.precision != "fp32")
+        self.trainer = Trainer.wrap(
+            self.model, settings.optimizer, hardware.precision != "fp32", hardware.distributed_optimizer
+        )
         self.cache = HostCache(self.model, self._read)
         self.writer = checkpoint.CheckpointWriter(hardware.async_save)
         self.updates = 0  # optimizer steps taken, the argument of the schedule
@@ -112,7 +110,7 @@ class MegatronLearner:
             batches = self._training_batches(sequences, objective)
         self.model.train()
         self.trainer.zero_grad()
-        parts = [self._micro_batch(batch, objective, denominators, watch) for batch in batches]
+        parts = pipeline.train(self.model, batches, lambda batch: self._loss(batch, objective, denominators), watch)
         with watch.measure("reduce"):
             norm = self.trainer.reduce_gradients()
         tokens = sum(len(sequence.token_ids) for sequence in sequences)
@@ -138,13 +136,13 @@ class MegatronLearner:
         """Log-probability of every token given those before it (nats, distribution of the settings); index 0 is 0.0."""
         packed = self._even(pack(sequences, self.settings.micro_batch_tokens))
         self.model.eval()
-        with torch.no_grad():
-            values_B_T = [
-                target_logprobs(self.model, on_device(batch, self.device), self.settings.distribution, True)[0]
-                for batch in packed.batches
-            ]
+        batches = [on_device(batch, self.device) for batch in packed.batches]
+        distribution = self.settings.distribution
+        values_B_T = pipeline.evaluate(
+            self.model, batches, lambda batch: target_logprobs(self.model, batch, distribution, True)[0].cpu()
+        )
         own = Packed(packed.batches[: len(packed.order)], packed.order)
-        return own.unpack(values_B_T[: len(packed.order)])
+        return own.unpack(pipeline.from_last_stage(values_B_T)[: len(packed.order)])
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time."""
@@ -207,11 +205,11 @@ class MegatronLearner:
                 raise ValueError("full_vocab distillation: a sequence names no teacher")
             packed = self._even(pack([sequence for sequence in sequences if sequence.teacher == teacher], size))
             self.model.eval()
-            with self.using(teacher), torch.no_grad():
-                for batch in packed.batches:
-                    moved = on_device(batch, self.device)
-                    scores_TV = vocabulary_logprobs(self.model, moved, self.settings.distribution.temperature)
-                    batches.append(dataclasses.replace(moved, teacher_logprobs_TV=scores_TV))
+            moved = [on_device(batch, self.device) for batch in packed.batches]
+            with self.using(teacher):
+                scores_B_TV = pipeline.evaluate(self.model, moved, self._vocabulary)
+            for batch, scores_TV in itertools.zip_longest(moved, scores_B_TV):  # none but on the last pipeline stage
+                batches.append(dataclasses.replace(batch, teacher_logprobs_TV=scores_TV))
         return tuple(batches)
 
     def _even(self, packed: Packed) -> Packed:
@@ -222,21 +220,22 @@ class MegatronLearner:
         fillers = tuple(to_batch([FILLER]) for _ in range(most - len(packed.batches)))
         return Packed(packed.batches + fillers, packed.order)
 
-    def _micro_batch(
-        self, batch: Batch, objective: Objective, denominators: dict[str, float], watch: Stopwatch
-    ) -> dict[str, float]:
-        """Forward and backward of one micro-batch; gradients stay in Megatron's buffers."""
-        with watch.measure("forward"):
-            if objective.needs_logits:
-                scores = vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature)
-                entropy_T = -(scores.detach().exp() * scores.detach()).sum(dim=-1)
-            else:
-                scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False)
-            loss, parts = objective.loss(scores, batch, denominators)
-            entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
-        with watch.measure("backward"):
-            loss.backward()
-        return {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+    def _loss(
+        self, batch: Batch, objective: Objective, denominators: dict[str, float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss and metrics of one micro-batch; on the last pipeline stage."""
+        if objective.needs_logits:
+            scores = self._vocabulary(batch)
+            entropy_T = -(scores.detach().exp() * scores.detach()).sum(dim=-1)
+        else:
+            scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False)
+        loss, parts = objective.loss(scores, batch, denominators)
+        entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
+        return loss, {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+
+    def _vocabulary(self, batch: Batch) -> torch.Tensor:
+        """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""
+        return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature)
 
     def _finite(self, metrics: dict[str, float], norm: float) -> None:
         """Stop before the optimizer when the loss or the gradient is no number."""

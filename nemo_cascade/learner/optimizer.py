@@ -27,10 +27,12 @@ class Trainer:
     optimizer: MegatronOptimizer
 
     @classmethod
-    def wrap(cls, model: NemotronH, cfg: OptimizerConfig, bf16: bool) -> Trainer:
+    def wrap(cls, model: NemotronH, cfg: OptimizerConfig, bf16: bool, distributed: bool = False) -> Trainer:
         """Allocate gradient buffers and optimizer state; after it all data-parallel ranks hold the same weights.
 
-        `calculate_per_token_loss` tells Megatron to add gradients over ranks instead of averaging them.
+        `calculate_per_token_loss` tells Megatron to add gradients over ranks instead of averaging them. `distributed`:
+        each data-parallel rank keeps and applies its part of the optimizer state only (Megatron's distributed
+        optimizer, ZeRO stage 1).
         """
         if cfg.router_frozen:
             freeze_routers(model)
@@ -38,7 +40,9 @@ class Trainer:
         with cuda_as_cpu():
             ddp = DistributedDataParallel(
                 config=model.config,
-                ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+                ),
                 module=model,
             )
             ddp.broadcast_params()
@@ -54,6 +58,7 @@ class Trainer:
                     clip_grad=cfg.clip_grad,
                     bf16=bf16,
                     params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                    use_distributed_optimizer=distributed,
                 ),
                 [ddp],
             )

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
 
+from nemo_cascade.models.context import RowCut
 from nemo_cascade.models.packed import PackedRow, pack, unpack
 
 
@@ -31,8 +33,13 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [T, heads, width], key and value [T, KV heads, width] -> [T, heads * width]."""
+        """query [T, heads, width], key and value [T, KV heads, width] -> [T, heads * width].
+
+        With context parallelism T counts the tokens of this rank.
+        """
         assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
+        if packed_seq_params.cut is not None:
+            return self._cut(query, key, value, packed_seq_params.cut)
         layout = packed_seq_params.layout
         tokens, heads, width = query.shape
         groups = key.shape[1]
@@ -51,3 +58,21 @@ class CoreAttention(MegatronModule):
             )
             outputs.append(mixed.transpose(1, 2).reshape(S, L, heads * width))
         return pack(outputs, layout)
+
+    def _cut(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: RowCut) -> torch.Tensor:
+        """Own queries against the keys and values of all ranks, sequence by sequence."""
+        _, heads, width = query.shape
+        groups = key.shape[1]
+        keys_T, values_T = cut.whole(torch.cat([key, value], dim=1)).split(groups, dim=1)
+        outputs = []
+        for span in cut.spans:
+            mixed = F.scaled_dot_product_attention(
+                query[span.begin : span.end].transpose(0, 1).unsqueeze(0),
+                keys_T[span.first : span.last].transpose(0, 1).unsqueeze(0),
+                values_T[span.first : span.last].transpose(0, 1).unsqueeze(0),
+                attn_mask=causal_lower_right(span.end - span.begin, span.last - span.first),
+                scale=self.scale,
+                enable_gqa=groups != heads,
+            )
+            outputs.append(mixed[0].transpose(0, 1).reshape(-1, heads * width))
+        return torch.cat(outputs)

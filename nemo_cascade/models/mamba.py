@@ -16,8 +16,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
+from nemo_cascade.models.context import RowCut
 from nemo_cascade.models.norms import gated_rms_norm
-from nemo_cascade.models.packed import PackedRow, pack, unpack
+from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
 from nemo_cascade.models.sharding import stacked_rows
 
@@ -40,6 +41,36 @@ class MixerShape:
     time_step_max: float
     time_step_floor: float
     norm_eps: float
+
+
+@dataclass(frozen=True)
+class ScanWeights:
+    """What convolution and scan read, for all heads of this rank or, with context parallelism, for a share of them."""
+
+    conv: torch.Tensor  # [x B C channels, taps]
+    conv_bias: torch.Tensor
+    dt_bias: torch.Tensor  # [heads], as A_log and D
+    A_log: torch.Tensor
+    D: torch.Tensor
+    groups: int
+
+
+def share_columns(heads: int, head_dim: int, groups: int, state: int, ranks: int) -> torch.Tensor:
+    """[ranks, width]: the columns of [x | B | C | dt] that each context-parallel rank scans, in that order.
+
+    A rank has heads / ranks heads and the groups they read; where ranks outnumber groups, several have the same group.
+    """
+    inner, conv = heads * head_dim, heads * head_dim + 2 * groups * state
+    mine, width = heads // ranks, max(1, groups // ranks) * state
+    rows = []
+    for rank in range(ranks):
+        first = rank * mine // (heads // groups) * state
+        parts = (
+            (rank * mine * head_dim, mine * head_dim), (inner + first, width), (inner + groups * state + first, width),
+            (conv + rank * mine, mine),
+        )  # fmt: skip
+        rows.append(torch.cat([torch.arange(begin, begin + count) for begin, count in parts]))
+    return torch.stack(rows)
 
 
 class Mamba2Mixer(MegatronModule):
@@ -67,6 +98,7 @@ class Mamba2Mixer(MegatronModule):
         self.groups = config.mamba_num_groups // ranks
         self.inner = self.heads * self.head_dim
         self.conv_dim = self.inner + 2 * self.groups * self.state
+        self.scan_ranks, self.scan_rank = pg_collection.cp.size(), pg_collection.cp.rank()
         self.in_proj = build_module(
             submodules.in_proj,
             d_model,
@@ -124,37 +156,65 @@ class Mamba2Mixer(MegatronModule):
         inference_context: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix along the sequences of a packed row [T, 1, hidden]; all state starts afresh at each boundary."""
+        """Mix along the sequences of a packed row [T, 1, hidden]; all state starts afresh at each boundary.
+
+        With context parallelism T counts the tokens of this rank.
+        """
         assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
-        layout = packed_seq_params.layout
         projected, _ = self.in_proj(hidden_states)
         row = projected.view(projected.shape[0], -1)
         z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
-        outputs = [self._scan(block) for block in unpack(mixed, layout)]
-        y = gated_rms_norm(pack(outputs, layout), z, self.norm.weight, self.groups, self.shape.norm_eps)
+        if packed_seq_params.cut is None:
+            weights = ScanWeights(
+                self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.groups
+            )
+            y = self._scan_row(mixed, packed_seq_params.layout, weights)
+        else:
+            y = self._scan_cut(mixed, packed_seq_params.layout, packed_seq_params.cut)
+        y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps)
         output, bias = self.out_proj(y.to(row.dtype).unsqueeze(1))
         return output, bias
 
-    def _scan(self, block: torch.Tensor) -> torch.Tensor:
-        """Convolution and state-space scan of one right-padded block [S, L, x B C dt] -> [S, L, inner]."""
+    def _scan_cut(self, mixed: torch.Tensor, layout: PackedLayout, cut: RowCut) -> torch.Tensor:
+        """Own tokens of [x B C dt], all heads -> own tokens of y: between them all tokens of a share of the heads.
+
+        Each rank's gradient of the weights is that of its heads; data parallelism adds them up.
+        """
+        columns = share_columns(self.heads, self.head_dim, self.groups, self.state, self.scan_ranks).to(mixed.device)
+        share = cut.to_heads(mixed.index_select(1, columns.flatten()))
+        heads = self.heads // self.scan_ranks
+        channels, mine = columns[self.scan_rank, :-heads], slice(self.scan_rank * heads, (self.scan_rank + 1) * heads)
+        weights = ScanWeights(
+            self.conv1d.weight.squeeze(1)[channels], self.conv1d.bias[channels],
+            self.dt_bias[mine], self.A_log[mine], self.D[mine], max(1, self.groups // self.scan_ranks),
+        )  # fmt: skip
+        return cut.to_tokens(self._scan_row(share, layout, weights))
+
+    def _scan_row(self, mixed: torch.Tensor, layout: PackedLayout, weights: ScanWeights) -> torch.Tensor:
+        """The scan of a packed row [T, x B C dt] -> [T, heads * head_dim]."""
+        return pack([self._scan(block, weights) for block in unpack(mixed, layout)], layout)
+
+    def _scan(self, block: torch.Tensor, weights: ScanWeights) -> torch.Tensor:
+        """Convolution and state-space scan of one right-padded block [S, L, x B C dt] -> [S, L, heads * head_dim]."""
         S, L, _ = block.shape
-        xBC, dt = block.split([self.conv_dim, self.heads], dim=-1)
-        xBC = causal_conv_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        width = self.groups * self.state
-        x, B, C = xBC.split([self.inner, width, width], dim=-1)
+        heads, groups = weights.D.shape[0], weights.groups
+        inner, width = heads * self.head_dim, groups * self.state
+        xBC, dt = block.split([inner + 2 * width, heads], dim=-1)
+        xBC = causal_conv_silu(xBC, weights.conv, weights.conv_bias)
+        x, B, C = xBC.split([inner, width, width], dim=-1)
         precise = torch.promote_types(block.dtype, torch.float32)
-        dt = F.softplus(dt.to(precise) + self.dt_bias)
-        x = x.to(precise).view(S, L, self.heads, self.head_dim)
+        dt = F.softplus(dt.to(precise) + weights.dt_bias)
+        x = x.to(precise).view(S, L, heads, self.head_dim)
         y = chunked_scan(
             x,
             dt,
-            -torch.exp(self.A_log),
-            B.to(precise).reshape(S, L, self.groups, self.state),
-            C.to(precise).reshape(S, L, self.groups, self.state),
+            -torch.exp(weights.A_log),
+            B.to(precise).reshape(S, L, groups, self.state),
+            C.to(precise).reshape(S, L, groups, self.state),
             self.shape.chunk_size,
         )
-        y = torch.addcmul(y, x, self.D[:, None])
-        return y.reshape(S, L, self.inner)
+        y = torch.addcmul(y, x, weights.D[:, None])
+        return y.reshape(S, L, inner)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -6,7 +6,8 @@ normalised and scaled by 2.5, fp32). Its SequentialMLP runs one small module per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,6 +128,28 @@ def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank:
 def routers(model: torch.nn.Module) -> list[TopKRouter]:
     """The routers of this rank's layers, in layer order."""
     return [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+
+@contextmanager
+def counting_only(model: torch.nn.Module, real_t: torch.Tensor | None) -> Iterator[None]:
+    """Inside the context routers count the tokens marked in `real_t` (None: all) for their bias: padding is no load.
+
+    Megatron's own padding_mask would mask experts instead of tokens (moe/router.py:542 lacks a dimension).
+    """
+    if real_t is None:
+        yield
+        return
+
+    def forget(router: TopKRouter, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if torch.is_grad_enabled():
+            router.local_tokens_per_expert -= routed[1][~real_t].sum(dim=0)
+
+    handles = [router.register_forward_hook(forget) for router in routers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def freeze_routers(model: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
-from nemo_cascade.models import cpu
+from nemo_cascade.models import cpu, layout_rules
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.context import RowCut
+from nemo_cascade.models.moe import counting_only
 from nemo_cascade.models.packed import PackedRow, packed_row
 from nemo_cascade.models.precision import transformer_options
 from nemo_cascade.models.spec import layer_spec
@@ -24,6 +27,31 @@ if TYPE_CHECKING:
     from nemo_cascade.models.parallel import ParallelLayout
 
 PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row on its way through the model: padded to what the ranks need and, with context parallelism, cut."""
+
+    tokens_t: torch.Tensor  # this rank's tokens
+    packed: PackedRow
+    count: int  # tokens of the row without the padding at its end
+    length: int  # with it
+    counted: bool = True
+
+    def own(self, values_T: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a value per token; 0 at padding."""
+        padded = torch.nn.functional.pad(values_T, (0, self.length - self.count))
+        return padded if self.packed.cut is None else self.packed.cut.own(padded)
+
+    def whole(self, values_t: torch.Tensor) -> torch.Tensor:
+        """The values [T, ...] of the whole row without its padding, on every context-parallel rank; differentiable.
+
+        For a loss that all these ranks compute alike: each token is then counted once.
+        """
+        if self.packed.cut is not None:
+            values_t = self.packed.cut.whole(values_t, same_use=True)
+        return values_t[: self.count]
 
 
 class NemotronH(MambaModel):
@@ -36,41 +64,66 @@ class NemotronH(MambaModel):
         super().__init__(**kwargs)
         self.hf_config = hf_config
 
-    def packed_row(self, cu_seqlens: torch.Tensor) -> PackedRow:
-        """The boundaries of a packed row in the form that `forward` takes as `packed_seq_params`."""
-        return packed_row(cu_seqlens, self.hf_config.chunk_size)
+    def row(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True) -> Row:
+        """A packed row as this rank computes it. Collective where experts are spread over ranks.
 
-    def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, gather: bool = True) -> torch.Tensor:
-        """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
-
-        `gather` False keeps this tensor-parallel rank's slice of the vocabulary. Not for pipeline stages: there
-        Megatron's schedules call `forward` with `self.packed_row(cu_seqlens)`.
+        `counted` False: no token of it counts in the routers' statistics.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
-        logits = self(
-            input_ids=tokens_T.unsqueeze(0),
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=self.packed_row(cu_seqlens),
-        ).squeeze(0)[:count]
-        if gather and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = self.pg_collection.cp
+        cut = RowCut.of(cu_seqlens, group) if group.size() > 1 else None
+        packed = packed_row(cu_seqlens, self.hf_config.chunk_size, cut)
+        return Row(tokens_T if cut is None else cut.own(tokens_T), packed, count, tokens_T.shape[0], counted)
+
+    def run(self, row: Row) -> torch.Tensor:
+        """This pipeline stage on its tokens: hidden states [t, 1, hidden], or on the last stage logits [t, vocabulary]
+        in fp32.
+        """
+        with counting_only(self, self._counted(row)):
+            output: torch.Tensor = self(
+                input_ids=row.tokens_t.unsqueeze(0),
+                position_ids=None,
+                attention_mask=None,
+                packed_seq_params=row.packed,
+            )
+        if not self.post_process:
+            return output
+        logits = output.squeeze(0)
+        if self.pg_collection.tp.size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits)
         return logits.float()
+
+    def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
+
+        Not for pipeline stages: there `learner/pipeline.py` lets Megatron's schedule call `run`.
+        """
+        row = self.row(tokens_T, cu_seqlens)
+        return row.whole(self.run(row))
+
+    def _counted(self, row: Row) -> torch.Tensor | None:
+        """Which of the tokens that this rank routes are real [t], None when all are."""
+        if row.counted and row.count == row.length:
+            return None
+        real_t = row.own(torch.full((row.count,), row.counted, device=row.tokens_t.device))
+        ranks = self.pg_collection.tp
+        return real_t.chunk(ranks.size())[ranks.rank()]
 
     def _filled(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The row with one sequence of padding at its end where the ranks need it, else as it is.
 
-        Sequence parallelism cuts the row evenly over tensor-parallel ranks, and the allgather dispatcher joins rows of
-        equal length from all expert-parallel ranks.
+        Sequence and context parallelism cut the row evenly, and the allgather dispatcher joins rows of equal length
+        from all expert-parallel ranks.
         """
-        ranks, experts = self.pg_collection.tp.size(), self.pg_collection.ep
+        context, experts = self.pg_collection.cp.size(), self.pg_collection.ep
+        multiple = self.pg_collection.tp.size() * (2 * context if context > 1 else 1)
         count = tokens_T.shape[0]
         wanted = torch.tensor([count])
         if experts.size() > 1:
             wanted = wanted.to(tokens_T.device)
             torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX, group=experts)
-        extra = -(-int(wanted) // ranks) * ranks - count
+        extra = -(-int(wanted) // multiple) * multiple - count
         if extra == 0:
             return tokens_T, cu_seqlens
         padding = tokens_T.new_full((extra,), self.hf_config.pad_token_id)
@@ -129,7 +182,7 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
-        **transformer_options(precision, spec),
+        **transformer_options(precision, spec, layout_rules.fp8_exempt(config, layout.tensor, precision)),
     )
 
 
@@ -148,10 +201,11 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
     _check_layout(config, layout)
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    if groups.tp.size() != layout.tensor or groups.ep.size() != layout.expert:
+    started = (groups.tp.size(), groups.ep.size(), groups.pp.size(), groups.cp.size())
+    if started != (layout.tensor, layout.expert, layout.pipeline, layout.context):
         raise UserError(
-            f"the ranks were started with tensor {groups.tp.size()} and expert {groups.ep.size()}, "
-            f"the model is built for tensor {layout.tensor} and expert {layout.expert}; start them with one layout"
+            f"the ranks were started with tensor, expert, pipeline, context {started}, the model is built for "
+            f"{(layout.tensor, layout.expert, layout.pipeline, layout.context)}; start them with one layout"
         )
     model = NemotronH(
         config,
@@ -164,25 +218,18 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
         post_process=parallel_state.is_pipeline_last_stage(),
         pg_collection=groups,
     )
+    # Stages tell each other the length of every row. Set here because TransformerConfig would refuse it together with
+    # the allgather dispatcher, which needs equal rows over expert-parallel ranks only: `NemotronH.row` pads to that.
+    model.config.variable_seq_lengths = layout.pipeline > 1
     if torch.cuda.is_available():
         model.cuda()
     return model
 
 
 def _check_layout(config: NemotronHConfig, layout: ParallelLayout) -> None:
-    """A layout must cut heads, groups and experts evenly; said here, because Megatron's assertions name no key."""
-    for key, size in (("n_groups", config.n_groups), ("mamba_num_heads", config.mamba_num_heads),
-                      ("num_attention_heads", config.num_attention_heads), ("vocab_size", config.vocab_size),
-                      ("num_key_value_heads", config.num_key_value_heads)):  # fmt: skip
-        if size % layout.tensor:
-            raise UserError(f"hardware.tensor_parallel: {layout.tensor} does not divide the model's {key} {size}")
-    if config.n_routed_experts % layout.expert:
-        raise UserError(
-            f"hardware.expert_parallel: {layout.expert} does not divide the model's "
-            f"n_routed_experts {config.n_routed_experts}"
-        )
-    if config.num_hidden_layers % layout.pipeline:
-        raise UserError(
-            f"hardware.pipeline_parallel: {layout.pipeline} does not divide the model's "
-            f"{config.num_hidden_layers} layers"
-        )
+    """A layout must cut heads, groups, layers and experts evenly; said here, because Megatron's assertions name no
+    key.
+    """
+    cut = layout_rules.Cut(layout.tensor, layout.pipeline, layout.context, layout.expert)
+    for key, reason in layout_rules.problems(config, cut):
+        raise UserError(f"hardware.{key}: {reason}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from nemo_cascade.models.context import RowCut
+
 BLOCK_COST = 64  # padded positions that cost as much time as one more block (some 60 small operations per layer)
 
 
@@ -100,12 +102,16 @@ def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's packed-sequence record with our layout: it travels through MambaStack to every layer unchanged."""
+    """Megatron's packed-sequence record with our layout: it travels through MambaStack to every layer unchanged.
+
+    `layout` is that of the whole row; with context parallelism `cut` says which of its tokens this rank holds.
+    """
 
     layout: PackedLayout | None = field(default=None)
+    cut: RowCut | None = field(default=None)
 
 
-def packed_row(cu_seqlens: torch.Tensor, chunk: int) -> PackedRow:
+def packed_row(cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None) -> PackedRow:
     """The record to hand to MambaModel.forward as `packed_seq_params`."""
     longest = int(torch.diff(cu_seqlens).max())
     return PackedRow(
@@ -115,6 +121,7 @@ def packed_row(cu_seqlens: torch.Tensor, chunk: int) -> PackedRow:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         layout=plan(cu_seqlens, chunk),
+        cut=cut,
     )
 
 

@@ -34,16 +34,12 @@ class ParallelLayout:
     expert_tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name, size in (("tensor", self.tensor), ("pipeline", self.pipeline), ("expert", self.expert)):
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert, "context": self.context}
+        for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"hardware.{name}_parallel: {size} is below 1")
         if self.expert_tensor != 1:
             raise UserError("expert tensor parallelism is not supported: cut experts with hardware.expert_parallel")
-        if self.context != 1:
-            raise UserError(
-                f"hardware.context_parallel: {self.context} is not supported, the Mamba scan keeps a sequence on "
-                "one rank; set 1"
-            )
 
     @classmethod
     def from_hardware(cls, hardware: HardwareConfig) -> ParallelLayout:
@@ -83,8 +79,8 @@ def start(
     world = dist.get_world_size()
     if world % layout.model_ranks or (world // layout.pipeline) % layout.expert:
         raise UserError(
-            f"hardware: {world} ranks cannot hold tensor {layout.tensor} x pipeline {layout.pipeline}, "
-            f"expert {layout.expert}; the number of ranks must be a multiple of each"
+            f"hardware: {world} ranks cannot hold tensor {layout.tensor} x pipeline {layout.pipeline} x context "
+            f"{layout.context}, expert {layout.expert}; the number of ranks must be a multiple of each"
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

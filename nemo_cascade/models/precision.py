@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.quantization.quant_config import GlobMatcher, Matcher, RecipeConfig
 
 from nemo_cascade.types import UserError
 
@@ -16,8 +18,8 @@ _FP8: dict[str, dict[str, Any]] = {
 }
 
 
-def transformer_options(precision: str, spec: str) -> dict[str, Any]:
-    """TransformerConfig arguments of a precision profile.
+def transformer_options(precision: str, spec: str, exempt: Iterable[str] = ()) -> dict[str, Any]:
+    """TransformerConfig arguments of a precision profile; `exempt` modules stay bf16 under FP8.
 
     An fp8 profile without Transformer Engine's layers is an error: megatron-core would train in bf16 in silence.
     """
@@ -31,4 +33,11 @@ def transformer_options(precision: str, spec: str) -> dict[str, Any]:
     if spec != "te":
         raise UserError(f"hardware.precision: {precision} needs hardware.layer_spec: te, got {spec}")
     # The first and last layers stay in bf16, as NVIDIA's recipes for this family do.
-    return {**bf16, **_FP8[precision], "first_last_layers_bf16": True}
+    return {**bf16, **_FP8[precision], "first_last_layers_bf16": True, "quant_recipe": _bf16_modules(exempt)}
+
+
+def _bf16_modules(names: Iterable[str]) -> RecipeConfig:
+    """Megatron's per-module recipe that switches FP8 off in the modules whose path ends in one of these names."""
+    matchers: list[Matcher] = [GlobMatcher(f"*{name}", "bf16") for name in names]
+    off = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}
+    return RecipeConfig(matchers, {"bf16": off})

@@ -34,7 +34,8 @@ LAYOUTS = {
     "data": {},
     "tensor": {"tensor_parallel": 2},
     "expert": {"expert_parallel": 2},
-    "both": {"tensor_parallel": 2, "expert_parallel": 2},
+    "stages": {"pipeline_parallel": 2},
+    "zero": {"distributed_optimizer": True},
 }
 
 

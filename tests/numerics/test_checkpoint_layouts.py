@@ -18,7 +18,8 @@ import torch  # isort: skip
 
 from tests.numerics import checkpoint_worker
 
-CUT = ("data", "tensor", "expert", "both")
+CUT = ("data", "tensor", "expert", "stages", "zero")
+ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -49,11 +50,11 @@ def in_two_ranks(folder: Path, *steps: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints `one` and of each cut layout; each loaded by one rank, `one` and `tensor` by each cut layout."""
+    """Checkpoints `one` and of each cut layout; `one` is loaded by each cut layout, they by one rank and by each other."""
     base = tmp_path_factory.mktemp("checkpoints")
     MegatronLearner(checkpoint_worker.NANO, checkpoint_worker.SETTINGS, seed=3).export(str(base / "start"))
     checkpoint_worker.run(base, "one", "save", "one")
-    loads = [f"{layout}:load:{name}" for name in ("one", "tensor") for layout in CUT if layout != name]
+    loads = [f"{layout}:load:one" for layout in CUT] + [f"{layout}:load:{name}" for name, layout in ACROSS]
     in_two_ranks(base, *(f"{layout}:save:{layout}" for layout in CUT), *loads)
     for layout in CUT:
         checkpoint_worker.run(base, "one", "load", layout)
@@ -84,9 +85,9 @@ def test_saved_on_two_ranks_loaded_on_one(folder, layout):
     compare(folder, layout, layout, "one")
 
 
-@pytest.mark.parametrize("layout", [layout for layout in CUT if layout != "tensor"])
-def test_saved_in_one_cut_loaded_in_another(folder, layout):
-    compare(folder, "tensor", "tensor", layout)
+@pytest.mark.parametrize(("name", "layout"), ACROSS)
+def test_saved_in_one_cut_loaded_in_another(folder, name, layout):
+    compare(folder, name, name, layout)
 
 
 def test_every_moment_is_somewhere_not_zero(folder):

@@ -270,8 +270,8 @@ def test_clipping_bounds_the_step():
         ({"precision": "bf16"}, "hardware.precision: bf16"),
         ({"precision": "hopper_fp8", "layer_spec": "te"}, "hardware.precision: hopper_fp8"),
         ({"layer_spec": "te"}, "hardware.layer_spec: te"),
-        ({"pipeline_parallel": 2}, "hardware.pipeline_parallel: 2"),
-        ({"context_parallel": 2}, "hardware.context_parallel: 2"),
+        ({"pipeline_parallel": 2}, "hardware.pipeline_parallel: 2 does not divide the 3 layers"),
+        ({"context_parallel": 2}, "the model is built for"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(hardware: dict[str, object], key: str):

@@ -97,7 +97,6 @@ def test_the_last_step_is_the_stage_itself(cascade):
         ("stages.sft.tokens_per_step=50", "cannot hold one conversation of max_sequence_tokens 64"),
         ("stages.sft.keep_steps=[9]", "key 'keep_steps': 9 is outside 1..4"),
         ("hardware.ranks_per_node=0", "key 'ranks_per_node': 0 is below 1"),
-        ("hardware.pipeline_parallel=2", "key 'pipeline_parallel': 2 is not supported by the Learner"),
         ("hardware.tensor_parallel=3", "2 ranks are not a multiple of"),
         ("hardware.expert_parallel=4", "4 does not divide the 2 ranks"),
         ("hardware.precision=hopper_fp8", "needs layer_spec te"),
@@ -111,7 +110,7 @@ def test_what_cannot_work_is_refused_before_it_runs(cascade, override, words):
 
 
 def test_a_model_that_cannot_be_cut_is_refused(cascade):
-    assert "num_key_value_heads 2 is not a multiple of 4" in wrong(
+    assert "key 'tensor_parallel': 4 does not divide the model's n_groups 2" in wrong(
         cascade, "hardware.ranks_per_node=4", "hardware.tensor_parallel=4", "stages.*.prompts_per_step=4"
     )
 

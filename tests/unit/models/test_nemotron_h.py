@@ -152,7 +152,8 @@ def test_bf16_keeps_per_head_parameters_and_bias_in_fp32(config: NemotronHConfig
         ({"precision": "hopper_fp8"}, "hopper_fp8 needs hardware.layer_spec: te"),
         ({"precision": "int4"}, "'int4' is not one of"),
         ({"layout": ParallelLayout(tensor=4)}, "tensor_parallel: 4 does not divide the model's n_groups 2"),
-        ({"layout": ParallelLayout(tensor=2)}, "started with tensor 1"),
+        ({"layout": ParallelLayout(tensor=2)}, "started with tensor, expert, pipeline, context (1, 1, 1, 1)"),
+        ({"layout": ParallelLayout(context=2)}, "the model is built for (1, 1, 1, 2)"),
         ({"layout": ParallelLayout(pipeline=4)}, "pipeline_parallel: 4 does not divide"),
         ({"layout": ParallelLayout(expert=3)}, "expert_parallel: 3 does not divide"),
     ],
@@ -173,7 +174,7 @@ def test_cuda_names_reach_the_cpu_only_inside_the_context(layout: ParallelLayout
     assert torch.zeros(2).type() == "torch.FloatTensor"
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(UserError, match="context_parallel: 2 is not supported"):
-        ParallelLayout(context=2)
+def test_experts_are_not_cut_over_tensor_parallel_ranks() -> None:
+    with pytest.raises(UserError, match="expert tensor parallelism is not supported"):
+        ParallelLayout(expert_tensor=2)
     assert dataclasses.asdict(ParallelLayout())["expert_tensor"] == 1
