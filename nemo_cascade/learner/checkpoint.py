@@ -93,10 +93,8 @@ class _Part:
 
     def __init__(self, state: TrainingState, copied: bool) -> None:
         self.steps, self.random = state.steps, torch.get_rng_state()
-        sharded, _ = save_preprocess(dict(state.sharded), validate_access_integrity=False)
-        if copied:
-            for entry in nested_values(sharded):
-                entry.data = entry.data.detach().to("cpu", copy=True)
+        entries = state.copied() if copied else dict(state.sharded)
+        sharded, _ = save_preprocess(entries, validate_access_integrity=False)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         self.planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self.planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=dist.get_rank() == 0)

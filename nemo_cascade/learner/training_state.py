@@ -8,7 +8,7 @@ count of steps is one number: what param_groups hold besides comes from the stag
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -42,6 +42,11 @@ class TrainingState:
         self.sharded[entry.key] = entry
         if live is not None:
             self.live[entry.key] = (live.detach(), elements)
+
+    def copied(self) -> dict[str, Entry]:
+        """`sharded` with host copies of the live tensors; what has none there is a copy of its own already."""
+        live = {key: tensor.to("cpu", copy=True) for key, (tensor, _) in self.live.items()}
+        return {key: replace(entry, data=live.get(key, entry.data)) for key, entry in self.sharded.items()}
 
     @torch.no_grad()
     def take(self, loaded: dict[str, torch.Tensor], steps: int) -> None:

@@ -50,7 +50,7 @@ def in_two_ranks(folder: Path, *steps: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints `one` and of each cut layout; `one` is loaded by each cut layout, they by one rank and by each other."""
+    """Checkpoints `one` and of each cut layout; each cut layout loads `one`, one rank and another cut load theirs."""
     base = tmp_path_factory.mktemp("checkpoints")
     MegatronLearner(checkpoint_worker.NANO, checkpoint_worker.SETTINGS, seed=3).export(str(base / "start"))
     checkpoint_worker.run(base, "one", "save", "one")
