@@ -61,9 +61,9 @@ class RankPart:
 class CheckpointWriter:
     """Writes the checkpoints of a run. Every rank calls every method.
 
-    With `asynchronous`, `save` copies the state to host memory (once the size of this rank's part) and returns; a
-    thread writes, waits for the other ranks and renames. A failure shows at the next `save` or `finish`. At most one
-    checkpoint is on its way. The thread dies with the process, and then the checkpoint before it is the newest.
+    With `asynchronous`, `save` copies what this rank writes to host memory and returns; a thread writes, waits for the
+    other ranks and renames. A failure shows at the next `save` or `finish`. At most one checkpoint is on its way. The
+    thread dies with the process, and then the checkpoint before it is the newest.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
@@ -93,9 +93,12 @@ class _Part:
 
     def __init__(self, state: TrainingState, copied: bool) -> None:
         self.steps, self.random = state.steps, torch.get_rng_state()
-        entries = state.copied() if copied else dict(state.sharded)
-        sharded, _ = save_preprocess(entries, validate_access_integrity=False)
+        sharded, _ = save_preprocess(dict(state.sharded), validate_access_integrity=False)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        changing = state.memory() if copied else set()
+        for entry in nested_values(by_key):
+            if entry.data.untyped_storage().data_ptr() in changing:
+                entry.data = entry.data.detach().to("cpu", copy=True)
         self.planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self.planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=dist.get_rank() == 0)
         self.plan = dataclasses.replace(
@@ -137,9 +140,9 @@ def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> dict[str,
     and why. On more ranks than the checkpoint was written by, random streams repeat.
     """
     meta = _read_meta(folder)
-    if meta["format"] != FORMAT:
+    if meta.get("format") != FORMAT:
         raise UserError(
-            f"{folder / META}: written in format {meta['format']}, this version reads format {FORMAT}; finish the "
+            f"{folder / META}: written in format {meta.get('format')}, this version reads format {FORMAT}; finish the "
             "stage with the version that wrote it, or delete the folder to start the stage afresh"
         )
     if meta["model"] != model:
@@ -169,10 +172,9 @@ def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> dict[str,
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / META}: not a training checkpoint ({error})") from error
-    assert isinstance(meta, dict)
-    return meta
+    return meta if isinstance(meta, dict) else {}
 
 
 def _write_tensors(path: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ count of steps is one number: what param_groups hold besides comes from the stag
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -23,11 +23,12 @@ from nemo_cascade.learner.optimizer import Trainer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"  # the fp32 copy of a bf16 parameter
 Entry = ShardedTensor | ShardedTensorFactory
+Named = tuple[str, Entry]
 
 
 @dataclass
 class TrainingState:
-    """This rank's tensors by stored name: how each is cut, and where a loaded one goes: (memory, which elements).
+    """This rank's tensors by its own names: how each is stored, and where a loaded one goes: (memory, which elements).
 
     `steps`: Adam's count of updates, the exponent of its bias correction; 0 where this rank holds no moments.
     """
@@ -37,23 +38,22 @@ class TrainingState:
     optimizers: list[MegatronOptimizer] = field(default_factory=list)
     steps: int = 0
 
-    def add(self, entry: Entry, live: torch.Tensor | None, elements: slice = slice(None)) -> None:
+    def add(self, name: str, entry: Entry, live: torch.Tensor | None, elements: slice = slice(None)) -> None:
         """One more tensor. `elements`: of the flat loaded tensor, what `live` holds; `live` None: only written."""
-        self.sharded[entry.key] = entry
+        self.sharded[name] = entry
         if live is not None:
-            self.live[entry.key] = (live.detach(), elements)
+            self.live[name] = (live.detach(), elements)
 
-    def copied(self) -> dict[str, Entry]:
-        """`sharded` with host copies of the live tensors; what has none there is a copy of its own already."""
-        live = {key: tensor.to("cpu", copy=True) for key, (tensor, _) in self.live.items()}
-        return {key: replace(entry, data=live.get(key, entry.data)) for key, entry in self.sharded.items()}
+    def memory(self) -> set[int]:
+        """Addresses of the memory that training goes on to change; what lies elsewhere was gathered to be written."""
+        return {tensor.untyped_storage().data_ptr() for tensor, _ in self.live.values()}
 
     @torch.no_grad()
     def take(self, loaded: dict[str, torch.Tensor], steps: int) -> None:
         """Overwrite the live tensors and the count of updates with those of a checkpoint."""
-        for key, (live, elements) in self.live.items():
-            if loaded[key].data_ptr() != live.data_ptr():
-                live.copy_(loaded[key].reshape(-1)[elements].view(live.shape))
+        for name, (live, elements) in self.live.items():
+            if loaded[name].data_ptr() != live.data_ptr():
+                live.copy_(loaded[name].reshape(-1)[elements].view(live.shape))
         for optimizer in self.optimizers:
             _set_steps(optimizer, steps)
 
@@ -67,11 +67,11 @@ def training_state(trainer: Trainer, loading: bool = False) -> TrainingState:
     # Parameters whose gradients are summed over other ranks have an optimizer of their own in a chain.
     optimizers = list(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
     state = TrainingState(optimizers=optimizers, steps=_steps(optimizers))
-    by_parameter: dict[int, Entry] = {}
-    for entry in trainer.model.sharded_state_dict().values():
+    by_parameter: dict[int, Named] = {}
+    for name, entry in trainer.model.sharded_state_dict().items():
         if isinstance(entry, Entry):
-            by_parameter[id(entry.data)] = entry
-            state.add(entry, entry.data)
+            by_parameter[id(entry.data)] = (name, entry)
+            state.add(name, entry, entry.data)
     for optimizer in optimizers:
         if any(not optimizer.optimizer.state[main] for group in optimizer.param_groups for main in group["params"]):
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
@@ -85,17 +85,17 @@ def training_state(trainer: Trainer, loading: bool = False) -> TrainingState:
     return state
 
 
-def _add_whole(state: TrainingState, optimizer: MegatronOptimizer, by_parameter: dict[int, Entry]) -> None:
+def _add_whole(state: TrainingState, optimizer: MegatronOptimizer, by_parameter: dict[int, Named]) -> None:
     """The moments of an optimizer that every data-parallel rank holds whole."""
     for parameter, main in _parameters(optimizer):
         held = {name: optimizer.optimizer.state[main][name] for name in MOMENTS}
         if main is not parameter:
             held[MAIN] = main
         for name, tensor in held.items():
-            state.add(_moment(by_parameter[id(parameter)], name, tensor), tensor)
+            state.add(*_moment(by_parameter[id(parameter)], name, tensor), tensor)
 
 
-def _add_gathered(state: TrainingState, optimizer: DistributedOptimizer, by_parameter: dict[int, Entry]) -> None:
+def _add_gathered(state: TrainingState, optimizer: DistributedOptimizer, by_parameter: dict[int, Named]) -> None:
     """To be written: the first data-parallel rank gets the others' parts into its host memory."""
     gathered = optimizer.get_parameter_state_dp_zero()
     if gathered is None:
@@ -105,17 +105,17 @@ def _add_gathered(state: TrainingState, optimizer: DistributedOptimizer, by_para
         for parameter, (begin, end, _) in optimizer.buffers[index].param_index_map.items():
             for name, flat in _stored_names(parameter).items():
                 tensor = gathered[index][dtype][flat][begin:end].view(parameter.shape)
-                state.add(_moment(by_parameter[id(parameter)], name, tensor), None)
+                state.add(*_moment(by_parameter[id(parameter)], name, tensor), None)
 
 
-def _add_owned(state: TrainingState, optimizer: DistributedOptimizer, by_parameter: dict[int, Entry]) -> None:
+def _add_owned(state: TrainingState, optimizer: DistributedOptimizer, by_parameter: dict[int, Named]) -> None:
     """To be loaded: whole moments from the file, of which this data-parallel rank keeps its elements."""
     for parameter in optimizer.model_param_group_index_map:
         owned = optimizer._get_model_param_range_map(parameter)["param"]
         held = optimizer._get_main_param_and_optimizer_states(parameter)
         for name, flat in _stored_names(parameter).items():
             whole = torch.empty(parameter.shape)
-            state.add(_moment(by_parameter[id(parameter)], name, whole), held[flat], slice(owned.start, owned.end))
+            state.add(*_moment(by_parameter[id(parameter)], name, whole), held[flat], slice(owned.start, owned.end))
 
 
 def _stored_names(parameter: torch.Tensor) -> dict[str, str]:
@@ -124,8 +124,11 @@ def _stored_names(parameter: torch.Tensor) -> dict[str, str]:
     return names if parameter.dtype == torch.float32 else {**names, MAIN: "param"}
 
 
-def _moment(entry: Entry, name: str, tensor: torch.Tensor) -> Entry:
-    return make_sharded_optimizer_tensor(entry, tensor, prefix=f"optimizer.state.{name}")
+def _moment(parameter: Named, moment: str, tensor: torch.Tensor) -> Named:
+    """A moment is cut as its parameter is."""
+    name, entry = parameter
+    prefix = f"optimizer.state.{moment}"
+    return f"{prefix}.{name}", make_sharded_optimizer_tensor(entry, tensor, prefix=prefix)
 
 
 def _steps(optimizers: list[MegatronOptimizer]) -> int:

@@ -63,12 +63,12 @@ def published(learner: MegatronLearner) -> dict[str, torch.Tensor]:
 def moments_as_weights(learner: MegatronLearner, moment: str) -> Iterator[None]:
     """Inside the context the parameters hold this moment of theirs, so that it can be gathered as weights are."""
     own = {name: value.clone() for name, value in learner.model.named_parameters()}
-    stored = {entry.key: entry.data for entry in training_state(learner.trainer).sharded.values()}
-    names = {id(entry.data): entry.key for entry in learner.model.sharded_state_dict().values()}
+    stored = training_state(learner.trainer).sharded
     with torch.no_grad():
-        for parameter in learner.model.parameters():
-            # of a distributed optimizer only the first data-parallel rank gets moments to write
-            parameter.copy_(stored.get(f"optimizer.state.{moment}.{names[id(parameter)]}", parameter))
+        for name, parameter in learner.model.named_parameters():
+            entry = stored.get(f"optimizer.state.{moment}.{name}")
+            if entry is not None:  # of a distributed optimizer only the first data-parallel rank gets them
+                parameter.copy_(entry.data)
         yield
         for name, value in own.items():
             learner.model.get_parameter(name).copy_(value)

@@ -34,7 +34,7 @@ def ranks() -> Iterator[None]:
 def state(**tensors: torch.Tensor) -> TrainingState:
     made = TrainingState()
     for name, tensor in tensors.items():
-        made.add(ShardedTensor.from_rank_offsets(name, tensor), tensor)
+        made.add(name, ShardedTensor.from_rank_offsets(name, tensor), tensor)
     return made
 
 

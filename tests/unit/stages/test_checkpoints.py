@@ -30,7 +30,7 @@ class Counter:
 
     def state(self) -> TrainingState:
         state = TrainingState()
-        state.add(ShardedTensor.from_rank_offsets("weight", self.weight), self.weight)
+        state.add("weight", ShardedTensor.from_rank_offsets("weight", self.weight), self.weight)
         return state
 
     def save(self, folder: str, step: int) -> None:
