@@ -104,6 +104,7 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
         place = where()
         chat = ChatTokenizer(run.tokenizer)
         learner = build_learner(run, chat)
+        stack.callback(learner.finish_saving)  # of a stage that fails, while the ranks' groups still stand
         domains = stack.enter_context(build_domains(run, place))
         earlier = seconds_before(folder)
         train(folder, run, place, learner, domains.trained, chat)

@@ -109,7 +109,10 @@ class Learner(Protocol):
         """
 
     def save(self, folder: str, step: int) -> None:
-        """A complete training checkpoint at `folder`, or nothing."""
+        """A complete training checkpoint at `folder`, or nothing. It may appear later, while training goes on."""
+
+    def finish_saving(self) -> None:
+        """Wait until the last `save` is complete; raises what went wrong with it."""
 
     def load(self, folder: str) -> int:
         """Restore a training checkpoint; returns its step."""

@@ -278,6 +278,7 @@ class HardwareConfig:
     sampler_url: Optional[str] = None
     refit: str = "memory"  # memory | files
     reward_workers: int = 4  # threads that score rollouts
+    async_save: bool = False  # train on while a checkpoint is written; costs host memory, the size of a rank's part
     device_memory_gib: float = 0.0  # per rank; 0: not bounded (CPU)
     host_memory_gib: float = 0.0
 

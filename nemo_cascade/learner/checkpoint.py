@@ -1,151 +1,180 @@
-"""Training checkpoints that are complete or absent: written aside, synced, renamed."""
+"""Training checkpoints in megatron-core's distributed format (torch_dist), complete or absent.
+
+What is stored are whole tensors, each rank's part in its own file, so that a run cut over ranks in another way can go
+on from them. Writing happens in this process: Megatron's writer starts a process that imports torch for its first
+checkpoint and forks for every one, which costs seconds on a small model, and a forked writer outlives a killed rank.
+"""
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import json
+import logging
 import os
 import pickle
-import shutil
-from collections.abc import Callable
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from safetensors import SafetensorError
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_cascade.learner.ranks import fail_together, gathered
+from nemo_cascade.learner.folder import write_folder
+from nemo_cascade.learner.ranks import fail_together
+from nemo_cascade.learner.stored import REMEDY, check_files, check_names, read_index
+from nemo_cascade.learner.training_state import TrainingState
 from nemo_cascade.types import UserError
 
-FORMAT = 1
+LOG = logging.getLogger(__name__)
+FORMAT = 2  # 1 had one file per model-parallel part, for its layout only
 META = "checkpoint.json"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COMMON = "common.pt"  # Megatron's name for what is not a sharded tensor
+SLOWEST_WRITER = timedelta(minutes=30)  # between the first rank that has written its file and the last
 
 
-def write_folder(folder: Path, what: str, write: Callable[[Path], None]) -> None:
-    """Let every rank write into a folder that appears under its name only when all have finished.
+@dataclasses.dataclass(frozen=True)
+class RankPart:
+    """What one rank tells the first: its file's plan, where each tensor lies in it, Adam's count, its random stream."""
 
-    A failure on any rank becomes one UserError on all of them and leaves nothing behind; a folder of the same name
-    stays what it was until the new one is whole.
+    plan: SavePlan
+    written: list[WriteResult]
+    steps: int
+    random: torch.Tensor
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run. Every rank calls every method.
+
+    With `asynchronous`, `save` copies what this rank writes to host memory and returns; a thread writes, waits for the
+    other ranks and renames. A failure shows at the next `save` or `finish`. At most one checkpoint is on its way. The
+    thread dies with the process, and then the checkpoint before it is the newest.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
-    fail_together(attempt(lambda: _begin(aside), folder, what) if dist.get_rank() == 0 else "")
-    problem = attempt(lambda: write(aside), folder, what)
-    problems = [text for text in gathered(problem, everyone=True) if text]
-    if problems:
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(problems[0])
-    fail_together(attempt(lambda: _publish(aside, folder), folder, what) if dist.get_rank() == 0 else "")
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self.pending: Future[None] | None = None
+        # The training loop's collectives go on meanwhile, so the thread needs a group of its own.
+        self.group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER) if asynchronous else None
+
+    def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
+        """Write `state` and the readable `meta`; each tensor once, by one of the ranks that hold it."""
+        self.finish()
+        write = partial(_write, folder, _Part(state, copied=self.thread is not None), meta, self.group)
+        if self.thread is None:
+            write()
+        else:
+            self.pending = self.thread.submit(write)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk; raises what went wrong with it."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
 
 
-def save(folder: Path, state: dict[str, Any], meta: dict[str, Any], per_rank: bool = False) -> None:
-    """Write this run's training state. Each model-parallel part is written once, by the first rank that holds it.
+class _Part:
+    """This rank's share of a checkpoint, ready to be written without the help of other ranks."""
 
-    `per_rank`: data-parallel ranks hold different parts too (distributed optimizer).
+    def __init__(self, state: TrainingState, copied: bool) -> None:
+        self.steps, self.random = state.steps, torch.get_rng_state()
+        sharded, _ = save_preprocess(dict(state.sharded), validate_access_integrity=False)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        changing = state.memory() if copied else set()
+        for entry in nested_values(by_key):
+            if entry.data.untyped_storage().data_ptr() in changing:
+                entry.data = entry.data.detach().to("cpu", copy=True)
+        self.planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self.planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=dist.get_rank() == 0)
+        self.plan = dataclasses.replace(
+            self.planner.create_local_plan(), storage_data=_StoragePrefix(f"__{dist.get_rank()}_")
+        )
+
+    def write(self, aside: Path) -> RankPart:
+        """One file; nothing where other ranks hold the same tensors and write them."""
+        self.planner.finish_plan(self.plan)
+        written = FileSystemWriter(aside).write_data(self.plan, self.planner).wait() if self.plan.items else []
+        return RankPart(self.plan, written, self.steps, self.random)
+
+    def complete(self, aside: Path, parts: list[RankPart], meta: dict[str, Any]) -> None:
+        """The files that say what lies where. Raises ValueError where the parts do not make up every tensor."""
+        _, metadata = self.planner.create_global_plan([part.plan for part in parts])
+        FileSystemWriter(aside).finish(metadata, [part.written for part in parts])
+        steps = max(part.steps for part in parts)
+        _write_tensors(aside / COMMON, {"optimizer_steps": steps, "random": [part.random for part in parts]})
+        _write_text(aside / META, json.dumps({"format": FORMAT, **meta}, indent=1))
+        save_config(CheckpointingConfig("torch_dist", 1), str(aside))
+
+
+def _write(folder: Path, part: _Part, meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """The part of saving that runs in either thread."""
+    try:
+        write_folder(
+            folder, "the training checkpoint", part.write,
+            lambda aside, parts: part.complete(aside, parts, meta), group,
+        )  # fmt: skip
+    except UserError as error:
+        LOG.error("%s", error)  # at once: where training goes on meanwhile it is raised a checkpoint later
+        raise
+
+
+def load(folder: Path, state: TrainingState, model: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's meta; fills the live tensors of `state` and sets the random stream.
+
+    Files, names and shapes are checked before the first tensor is overwritten. UserError says which file cannot be used
+    and why. On more ranks than the checkpoint was written by, random streams repeat.
     """
-    random_states = gathered(torch.get_rng_state(), everyone=True)
-    own = part_name(per_rank)
-    parts = gathered(own, everyone=True)
+    meta = _read_meta(folder)
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / META}: written in format {meta.get('format')}, this version reads format {FORMAT}; finish the "
+            "stage with the version that wrote it, or delete the folder to start the stage afresh"
+        )
+    if meta["model"] != model:
+        differing = sorted(key for key in meta["model"].keys() | model if meta["model"].get(key) != model.get(key))
+        raise UserError(
+            f"{folder / META}: the checkpoint is of another model than this run's ({', '.join(differing)}); start the "
+            "stage afresh"
+        )
+    wanted = dict(state.sharded)
+    apply_factories(wanted)
+    index = read_index(folder)
+    problem = check_names(folder, index, nested_values(wanted))
+    fail_together(problem or check_files(folder, index, dist.get_rank(), dist.get_world_size()))
+    common = _read_tensors(folder / COMMON)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls torch's reader by an older name
+            loaded = dist_checkpointing.load(dict(state.sharded), str(folder), validate_access_integrity=False)
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        raise UserError(f"{folder}: the checkpoint cannot be read ({error}); {REMEDY}") from error
+    state.take(loaded, common["optimizer_steps"])
+    random_states = common["random"]
+    torch.set_rng_state(random_states[dist.get_rank() % len(random_states)])
+    return meta
 
-    def write(aside: Path) -> None:
-        if parts.index(own) == dist.get_rank():
-            _write_tensors(aside / own, state)
-        if dist.get_rank() == 0:
-            _write_tensors(aside / "random.pt", {"ranks": random_states})
-            _write_text(aside / META, json.dumps({"format": FORMAT, "parts": sorted(set(parts)), **meta}, indent=1))
 
-    write_folder(folder, "the training checkpoint", write)
-
-
-def load(folder: Path, per_rank: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state of this rank's part, meta); sets the random stream. UserError says which file cannot be used and why."""
+def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / META}: not a training checkpoint ({error})") from error
-    parts = sorted(set(gathered(part_name(per_rank), everyone=True)))
-    if meta["format"] != FORMAT or meta["parts"] != parts:
-        raise UserError(
-            f"{folder}: written in format {meta['format']} as {len(meta['parts'])} model-parallel parts, this run has "
-            f"format {FORMAT} and {len(parts)} parts; resume with the layout of the run that wrote it"
-        )
-    state = _read_tensors(folder / part_name(per_rank))
-    random_states = _read_tensors(folder / "random.pt")["ranks"]
-    torch.set_rng_state(random_states[dist.get_rank() % len(random_states)])
-    return state, meta
-
-
-def part_name(per_rank: bool = False) -> str:
-    """The file of this rank's part: tensor, pipeline and expert coordinates; data-parallel ranks share it unless
-    `per_rank`.
-    """
-    if per_rank:
-        return f"rank{dist.get_rank()}.pt"
-    tensor = parallel_state.get_tensor_model_parallel_rank()
-    pipeline = parallel_state.get_pipeline_model_parallel_rank()
-    return f"tensor{tensor}_pipeline{pipeline}_expert{parallel_state.get_expert_model_parallel_rank()}.pt"
-
-
-def sync_folder(folder: Path) -> None:
-    """Ask the file system to keep the folder's names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def attempt(action: Callable[[], None], folder: Path, what: str) -> str:
-    """Run it; a failure of the file system as one line for the user, an empty string when all went well."""
-    try:
-        action()
-    except OSError as error:
-        return _explain(error, folder, what)
-    except SafetensorError as error:
-        return (
-            f"{folder}: {what} could not be written: {error}; free space if the disk is full and start again to resume"
-        )
-    except RuntimeError as error:
-        # torch's zip writer wraps the OSError of the file it writes to, or says only that its position is unexpected.
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, OSError):
-            return _explain(cause, folder, what)
-        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            return f"{folder}: {what} could not be written, the disk is probably full; free space and start again"
-        raise
-    return ""
-
-
-def _explain(error: OSError, folder: Path, what: str) -> str:
-    """One line that names the folder and the remedy."""
-    if error.errno in NO_ROOM:
-        return (
-            f"{folder}: no room left to write {what} ({error.strerror}); the previous one is untouched, free space and "
-            "start again to resume"
-        )
-    return f"{folder}: {what} could not be written: {error}"
-
-
-def _begin(aside: Path) -> None:
-    """An empty folder beside the final one; what a killed run left there is thrown away."""
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    """Sync and rename. An older folder of the same name makes room at the last moment."""
-    sync_folder(aside)
-    outdated = folder.with_name(f".{folder.name}.outdated")
-    shutil.rmtree(outdated, ignore_errors=True)
-    if folder.exists():
-        folder.rename(outdated)
-    aside.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(outdated, ignore_errors=True)
+    return meta if isinstance(meta, dict) else {}
 
 
 def _write_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -168,8 +197,6 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: the checkpoint cannot be read ({reason}); delete its folder to resume from an older one"
-        ) from error
+        raise UserError(f"{path}: the checkpoint cannot be read ({reason}); {REMEDY}") from error
     assert isinstance(content, dict)
     return content

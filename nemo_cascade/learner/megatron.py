@@ -21,11 +21,13 @@ from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.data.packing import Packed, pack, to_batch
 from nemo_cascade.learner import checkpoint, pipeline
 from nemo_cascade.learner.borrow import HostCache
+from nemo_cascade.learner.folder import attempt
 from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
 from nemo_cascade.learner.schedule import learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
+from nemo_cascade.learner.training_state import training_state
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
@@ -90,6 +92,7 @@ class MegatronLearner:
             self.model, settings.optimizer, hardware.precision != "fp32", hardware.distributed_optimizer
         )
         self.cache = HostCache(self.model, self._read)
+        self.writer = checkpoint.CheckpointWriter(hardware.async_save)
         self.updates = 0  # optimizer steps taken, the argument of the schedule
         self.device = next(self.model.parameters()).device
 
@@ -149,18 +152,21 @@ class MegatronLearner:
         return self.cache.using(folder)
 
     def save(self, folder: str, step: int) -> None:
-        """A complete training checkpoint at `folder`, or nothing."""
+        """A complete training checkpoint at `folder`, or nothing; with `hardware.async_save` it appears later."""
         self._own_weights("save")
         meta = {"step": step, "updates": self.updates, "model": dataclasses.asdict(self.config)}
-        checkpoint.save(Path(folder), self.trainer.state(), meta, self.trainer.distributed)
+        self.writer.save(Path(folder), training_state(self.trainer), meta)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is complete."""
+        self.writer.finish()
 
     def load(self, folder: str) -> int:
-        """Restore a training checkpoint bit for bit; returns its step."""
+        """Restore a training checkpoint, bit for bit in every layout; returns its step."""
         self._own_weights("load")
-        state, meta = checkpoint.load(Path(folder), self.trainer.distributed)
-        if meta["model"] != dataclasses.asdict(self.config):
-            raise UserError(f"{folder}: the checkpoint is of another model than this run's; start the stage afresh")
-        self.trainer.load_state(state)
+        self.writer.finish()
+        state = training_state(self.trainer, loading=True)
+        meta = checkpoint.load(Path(folder), state, dataclasses.asdict(self.config))
         self.updates = meta["updates"]
         return meta["step"]
 
@@ -174,7 +180,7 @@ class MegatronLearner:
                 convert.save_folder(self.model, self.config, folder, settings.precision_export, settings.tokenizer)
             )
 
-        fail_together(checkpoint.attempt(write, Path(folder), "the exported weights"))
+        fail_together(attempt(write, Path(folder), "the exported weights"))
         return gathered(shas[0], everyone=True)[0]
 
     def _read(self, folder: str) -> None:

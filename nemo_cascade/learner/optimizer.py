@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -95,43 +94,6 @@ class Trainer:
             if not self.optimizer.step_with_ready_grads():
                 raise RuntimeError("Megatron's optimizer refused a step whose gradients were finite")
         update_expert_bias(self.model, self.cfg.expert_bias_rate)
-
-    def state(self) -> dict[str, Any]:
-        """Weights, expert biases and optimizer state of this rank, as tensors on whatever device they live."""
-        state = [self._own_part(part) for part in self._parts()] if self.distributed else self.optimizer.state_dict()
-        return {"model": tensors(self.model), "optimizer": state}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave, bit for bit."""
-        own = tensors(self.model)
-        if own.keys() != state["model"].keys():
-            raise ValueError(f"other tensors than the model's: {sorted(own.keys() ^ state['model'].keys())[:3]}")
-        copy_into(own, state["model"])
-        if self.distributed:
-            for part, saved in zip(self._parts(), state["optimizer"], strict=True):
-                copy_into(self._own_part(part)["master"], saved["master"])
-                part.optimizer.load_state_dict(saved["adam"])
-            return
-        with cuda_as_cpu():
-            self.optimizer.load_state_dict(state["optimizer"])
-
-    @property
-    def distributed(self) -> bool:
-        """Whether each data-parallel rank keeps its own part of the optimizer state."""
-        return self.ddp.ddp_config.use_distributed_optimizer
-
-    def _parts(self) -> list[Any]:
-        """Megatron's optimizers of this rank: one for dense parameters and, where they differ, one for experts."""
-        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
-    @staticmethod
-    def _own_part(part: Any) -> dict[str, Any]:
-        """This rank's moments and, in bf16, fp32 weights. Megatron's own state_dict of it leaves both out."""
-        master = [weight for group in part.shard_fp32_from_float16_groups for weight in group if weight is not None]
-        return {
-            "adam": part.optimizer.state_dict(),
-            "master": {str(index): weight.detach() for index, weight in enumerate(master)},
-        }
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

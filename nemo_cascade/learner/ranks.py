@@ -13,9 +13,10 @@ from nemo_cascade.types import UserError
 T = TypeVar("T")
 
 
-def gathered(value: T, everyone: bool = False) -> list[T]:
-    """The value of each data-parallel rank (or of every rank), in rank order."""
-    group = dist.group.WORLD if everyone else parallel_state.get_data_parallel_group()
+def gathered(value: T, everyone: bool = False, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The value of each data-parallel rank (or of every rank, or of a group's members), in rank order."""
+    if group is None:
+        group = dist.group.WORLD if everyone else parallel_state.get_data_parallel_group()
     if dist.get_world_size(group) == 1:
         return [value]
     values: list[T] = [value] * dist.get_world_size(group)
@@ -44,8 +45,8 @@ def combined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return totals
 
 
-def fail_together(problem: str) -> None:
+def fail_together(problem: str, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank when one has a problem, so that none waits for a rank that is gone."""
-    problems = [text for text in gathered(problem, everyone=True) if text]
+    problems = [text for text in gathered(problem, everyone=True, group=group) if text]
     if problems:
         raise UserError(problems[0])

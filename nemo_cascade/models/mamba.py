@@ -14,11 +14,13 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
 from nemo_cascade.models.context import RowCut
 from nemo_cascade.models.norms import gated_rms_norm
 from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
+from nemo_cascade.models.sharding import stacked_rows
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Mamba2Mixer(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.shape = shape
+        self.pg_collection = pg_collection
         ranks = pg_collection.tp.size()
         assert config.mamba_num_heads is not None
         self.heads = config.mamba_num_heads // ranks
@@ -212,3 +215,24 @@ class Mamba2Mixer(MegatronModule):
         )
         y = torch.addcmul(y, x, weights.D[:, None])
         return y.reshape(S, L, inner)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's hook for distributed checkpoints; names and cuts are those of its own MambaMixer."""
+        groups = self.pg_collection
+        sharded: dict[str, Any] = {}
+        for name in ("in_proj", "out_proj"):
+            sharded |= sharded_state_dict_default(
+                getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata, tp_group=groups.tp
+            )
+        own = {name: value for name, value in self.named_parameters() if "_proj." not in name}
+        sharded |= make_sharded_tensors_for_checkpoint(
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
+        )
+        width = self.groups * self.state
+        conv = {"x": self.inner, "B": width, "C": width}
+        rows = {"z": self.inner, **conv, "dt": self.heads}
+        for name, parts in (("in_proj.weight", rows), ("conv1d.weight", conv), ("conv1d.bias", conv)):
+            sharded[prefix + name] = stacked_rows(prefix + name, self.get_parameter(name), parts, groups)
+        return sharded

@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemo_cascade.models.sharding import stacked_experts
+
 
 class _GroupedSquaredReluMLP(torch.autograd.Function):
     """y_t = p_t down_e relu(up_e x_t)^2, tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
@@ -75,6 +77,7 @@ class LocalExperts(MegatronModule):
         self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any
     ) -> None:
         super().__init__(config)
+        self.pg_collection = pg_collection
         width, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
         self.up = torch.nn.Parameter(torch.empty(num_local_experts, width, hidden, dtype=dtype))
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
@@ -99,6 +102,20 @@ class LocalExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's hook for distributed checkpoints; names are those of its grouped experts, which Transformer Engine
+        runs.
+        """
+        names = {"up": "linear_fc1", "down": "linear_fc2"}
+        return {
+            prefix + own: stacked_experts(
+                f"{prefix}experts.{theirs}.weight", self.get_parameter(own), self.pg_collection
+            )
+            for own, theirs in names.items()
+        }
 
 
 def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:

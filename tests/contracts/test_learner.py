@@ -103,6 +103,7 @@ def test_save_and_load_continue_bit_for_bit(make: Callable[..., Learner], tmp_pa
     first, second = make(), make()
     first.update(SEQUENCES, cross_entropy("token"))
     first.save(str(tmp_path / "step_1"), 1)
+    first.finish_saving()
     assert second.load(str(tmp_path / "step_1")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     for learner in (first, second):

@@ -81,10 +81,18 @@ class Victim:
         self.stage = self.cascade.folder / finished.stage("rl").path.name
         self.mark = folder.name
 
-    def kill_when(self, true: Callable[[], bool], what: str, delay: float, stage_too: bool, least: int = 3) -> None:
+    def kill_when(
+        self,
+        true: Callable[[], bool],
+        what: str,
+        delay: float,
+        stage_too: bool,
+        least: int = 3,
+        words: tuple[str, ...] = (),
+    ) -> None:
         """Start the run, wait for the moment, kill, and see that nothing survives; `least` processes must be there."""
         runner = subprocess.Popen(
-            self.cascade.command("--until", "rl"), cwd=ROOT, env=environment(**{MARK: self.mark}),
+            self.cascade.command("--until", "rl", *words), cwd=ROOT, env=environment(**{MARK: self.mark}),
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         wait_until(lambda: true() or runner.poll() is not None, what)
@@ -136,6 +144,16 @@ def test_killed_while_sampling(victim, uninterrupted, stage_too):
 
 def test_killed_while_saving_a_checkpoint(victim, uninterrupted):
     victim.kill_when(victim.written("checkpoints/.step_000002.partial/*"), "the second checkpoint", 0.0, True)
+    said = victim.finish()
+    assert any("on from step 1" in line for line in said), said
+    assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
+    assert not list(victim.stage.glob("checkpoints/.*"))
+
+
+def test_killed_while_saving_in_the_background(victim, uninterrupted):
+    """Training goes on in the first run; the second, which saves in the foreground, ends with the same bits."""
+    saving = victim.written("checkpoints/.step_000002.partial/*")
+    victim.kill_when(saving, "the second checkpoint", 0.0, True, words=("hardware.async_save=true",))
     said = victim.finish()
     assert any("on from step 1" in line for line in said), said
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")

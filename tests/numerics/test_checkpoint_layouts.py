@@ -1,0 +1,96 @@
+"""A training checkpoint at nano size, saved in one layout and gone on with in another: weights and moments bit for bit.
+
+Two-rank layouts run in two processes of their own.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.learner import parallel
+from nemo_cascade.learner.megatron import MegatronLearner
+
+import torch  # isort: skip
+
+from tests.numerics import checkpoint_worker
+
+CUT = ("data", "tensor", "expert", "stages", "zero")
+ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"))
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[None]:
+    started = parallel.is_started()
+    if not started:
+        parallel.start()
+    yield
+    if not started:
+        parallel.stop()
+
+
+def in_two_ranks(folder: Path, *steps: str) -> None:
+    """Let two processes run the steps of checkpoint_worker.py."""
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *steps]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints `one` and of each cut layout; each cut layout loads `one`, one rank and another cut load theirs."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    MegatronLearner(checkpoint_worker.NANO, checkpoint_worker.SETTINGS, seed=3).export(str(base / "start"))
+    checkpoint_worker.run(base, "one", "save", "one")
+    loads = [f"{layout}:load:one" for layout in CUT] + [f"{layout}:load:{name}" for name, layout in ACROSS]
+    in_two_ranks(base, *(f"{layout}:save:{layout}" for layout in CUT), *loads)
+    for layout in CUT:
+        checkpoint_worker.run(base, "one", "load", layout)
+    return base
+
+
+def compare(folder: Path, name: str, saved_in: str, loaded_in: str) -> None:
+    saved = torch.load(folder / f"{name}-{saved_in}.pt", weights_only=True)
+    loaded = torch.load(folder / f"{name}-{loaded_in}.pt", weights_only=True)
+    assert loaded["steps"] == saved["steps"] == 2
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        assert loaded[kind].keys() == saved[kind].keys()
+        differing = [key for key in saved[kind] if not torch.equal(loaded[kind][key], saved[kind][key])]
+        assert not differing, f"{kind}: {differing[:3]}"
+    assert loaded["losses"][0] == pytest.approx(saved["losses"][0], abs=1e-6)
+    # The moments have moved the second, and so has the rounding of gradients, which Adam divides by their size.
+    assert loaded["losses"][1] == pytest.approx(saved["losses"][1], abs=1e-5)
+    assert abs(saved["losses"][0] - saved["losses"][1]) > 1e-2
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_saved_on_one_rank_loaded_on_two(folder, layout):
+    compare(folder, "one", "one", layout)
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_saved_on_two_ranks_loaded_on_one(folder, layout):
+    compare(folder, layout, layout, "one")
+
+
+@pytest.mark.parametrize(("name", "layout"), ACROSS)
+def test_saved_in_one_cut_loaded_in_another(folder, name, layout):
+    compare(folder, name, name, layout)
+
+
+def test_every_moment_is_somewhere_not_zero(folder):
+    found = torch.load(folder / "one-one.pt", weights_only=True)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert all(value.any() for name, value in found[kind].items() if "bias" not in name), kind
