@@ -29,14 +29,16 @@ class Piece:
 class Slot:
     """One Hugging Face tensor: pieces stacked along dimension 0, or nothing where another rank holds it.
 
-    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one).
+    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one). A rank
+    that does not hold it receives it in `dtype` on `device`.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     stage: int
     expert_rank: int | None = None
-    dtype: torch.dtype = field(default=torch.float32)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default=torch.device("cpu"))
 
     @property
     def is_local(self) -> bool:
@@ -45,7 +47,7 @@ class Slot:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on every rank; collective where the model is cut."""
-        tensor = self._gather() if self.is_local else torch.empty(self.shape, dtype=self.dtype)
+        tensor = self._gather() if self.is_local else torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.expert_rank is not None:
             tensor = _from(self.expert_rank, tensor, parallel_state.get_expert_model_parallel_group())
         return _from(self.stage, tensor, parallel_state.get_pipeline_model_parallel_group())
@@ -85,10 +87,25 @@ def _from(owner: int, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return tensor
 
 
+def dtypes(model: torch.nn.Module, config: NemotronHConfig) -> dict[str, torch.dtype]:
+    """Tensor name -> dtype of its parameter, on every rank; collective where other ranks hold a part of the model."""
+    known = {name: slot.pieces[0].view.dtype for name, slot in slots(model, config) if slot.is_local}
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            parts: list[dict[str, torch.dtype]] = [{} for _ in range(group.size())]
+            dist.all_gather_object(parts, known, group=group)
+            known = {name: dtype for part in parts for name, dtype in part.items()}
+    return known
+
+
 def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str, Slot]]:
     """Every tensor of the checkpoint in the order of `config.tensor_shapes()`, which is the same on all ranks."""
     shapes = config.tensor_shapes()
     local = dict(model.named_parameters()) | dict(model.named_buffers())
+    device = next(iter(local.values())).device
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     per_stage = config.num_hidden_layers // stages
     here = parallel_state.get_pipeline_model_parallel_rank()
@@ -101,7 +118,7 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         if name in ends:
             megatron, dim, stage = ends[name]
             pieces = (_whole(local[megatron], dim),) if stage == here else ()
-            yield name, Slot(shape, pieces, stage)
+            yield name, Slot(shape, pieces, stage, device=device)
             continue
         index, rest = name.removeprefix("backbone.layers.").split(".", 1)
         stage = int(index) // per_stage
@@ -111,7 +128,7 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         kind = config.hybrid_override_pattern[int(index)]
         owner = _expert_owner(rest, config)
         pieces = layer.pieces(kind, rest) if layer else ()
-        yield name, Slot(shape, pieces, stage, owner)
+        yield name, Slot(shape, pieces, stage, owner, device=device)
 
 
 def _expert_owner(rest: str, config: NemotronHConfig) -> int | None:
