@@ -240,15 +240,14 @@ class NemotronHConfig:
             layers = values.get("layers_block_type") or values.get("layer_types") or []
             symbols = [HF_LAYER_SYMBOLS.get(str(kind), "?") for kind in layers]  # type: ignore[union-attr]
             values["hybrid_override_pattern"] = "".join(symbols)
+        elif values.get("num_hidden_layers") not in (None, len(str(values["hybrid_override_pattern"]))):
+            raise UserError(
+                f"{source}: num_hidden_layers is {values['num_hidden_layers']}, hybrid_override_pattern has "
+                f"{len(str(values['hybrid_override_pattern']))} letters"
+            )
         values["time_step_min"] = values.get("time_step_init_min", values.get("time_step_min", 0.001))
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = values["eos_token_id"][0]  # type: ignore[index]
-        count = values.get("num_hidden_layers", len(str(values["hybrid_override_pattern"])))
-        if count != len(str(values["hybrid_override_pattern"])):
-            raise UserError(
-                f"{source}: num_hidden_layers is {count}, hybrid_override_pattern has "
-                f"{len(str(values['hybrid_override_pattern']))} letters"
-            )
         known = {field.name for field in dataclasses.fields(cls)}
         return cls._checked({key: value for key, value in values.items() if key in known}, source)
 
