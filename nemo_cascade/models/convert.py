@@ -114,6 +114,14 @@ def load_folder(model: NemotronH, folder: str | Path) -> None:
     import_weights(model, model.hf_config, ((name, read_tensor(header)) for name, header in headers.items()))
 
 
+def stored(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a Hugging Face folder under published names, in the model's order, one at a time."""
+    headers = read_checked_header(folder, read_config(folder))
+    _check_dtypes(headers)
+    for name, header in headers.items():
+        yield name, read_tensor(header)
+
+
 def _check_config(folder: Path, config: NemotronHConfig) -> None:
     """Refuse weights that fit by shape but were trained to be computed with another router scale, eps or head split."""
     if not (folder / "config.json").is_file():

@@ -190,11 +190,10 @@ def _published(name: str, header: TensorHeader) -> Iterator[tuple[str, TensorHea
 def read_checked_header(folder: str | Path, config: NemotronHConfig) -> dict[str, TensorHeader]:
     """The headers under published names, in the model's order; one tensor too few, too many or bent is a UserError."""
     folder = Path(folder)
-    headers = read_header(folder)
     try:
-        return _of_model(folder, published(headers), config.tensor_shapes())
+        return _of_model(folder, published(read_header(folder)), config.tensor_shapes())
     except UserError as error:
-        if damaged := _damaged_headers(folder, headers):
+        if damaged := _damaged_header(folder):
             raise UserError(f"{error}; moreover {damaged}") from error
         raise
 
@@ -247,13 +246,13 @@ def read_checksums(folder: str | Path) -> dict[str, Json] | None:
     return content
 
 
-def _damaged_headers(folder: Path, headers: dict[str, TensorHeader]) -> str:
-    """What is wrong with the tables at the head of the files, or an empty string."""
+def _damaged_header(folder: Path) -> str:
+    """Which file does not begin as it was written, or an empty string; a file that is gone is told elsewhere."""
     with contextlib.suppress(UserError):
         recorded = read_checksums(folder)
-        for file in sorted({header.file for header in headers.values()}) if recorded else ():
-            expected = recorded["files"].get(file.name)  # type: ignore[union-attr,index]
-            if hashlib.sha256(raw_header(file)).hexdigest() != expected:
+        expected: dict[str, Json] = recorded["files"] if recorded else {}  # type: ignore[assignment]
+        for file in weight_files(folder) if recorded else ():
+            if hashlib.sha256(raw_header(file)).hexdigest() != expected.get(file.name):
                 return f"the header of {file} is not the one that {CHECKSUMS} records: {_REPAIR}"
     return ""
 
@@ -281,7 +280,7 @@ def content_sha256(folder: str | Path, check: bool = False, progress: Progress |
     folder, progress = Path(folder), progress or Silent()
     headers = read_header(folder)
     recorded = read_checksums(folder) if check else None
-    if recorded and (damaged := _damaged_headers(folder, headers)):
+    if recorded and (damaged := _damaged_header(folder)):
         raise UserError(damaged)
     tensors: dict[str, Json] = recorded["tensors"] if recorded else {}  # type: ignore[assignment]
     progress.begin("checking", len(headers), sum(header.size for header in headers.values()))
