@@ -265,6 +265,7 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="largest file of the written folder (default 5GB)"
     )
+    sub.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer the folder carries (source's)")
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -273,7 +274,8 @@ def convert(options: argparse.Namespace) -> int:
 
     conversion = importlib.import_module("nemo_cascade.evaluation.conversion")
     shard_bytes = conversion.size_in_bytes(options.shard_size)
-    print(conversion.convert(hf_folder(str(options.source)), options.target, options.dtype, shard_bytes))
+    source = hf_folder(str(options.source))
+    print(conversion.convert(source, options.target, options.dtype, shard_bytes, options.tokenizer))
     return 0
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_cascade.config.paths import explain_os_error, tokenizer_folder
-from nemo_cascade.models import convert as weights
+from nemo_cascade.config.paths import NANO_TOKENIZER, explain_os_error
+from nemo_cascade.models import hf_copy
+from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import content_sha256, read_config
 from nemo_cascade.models.hf_writer import SHARD_BYTES
 from nemo_cascade.observe.transfer import TransferLine
@@ -40,29 +41,48 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def convert(source: Path, target: Path, dtype: str = weights.KEEP, shard_bytes: int = SHARD_BYTES) -> str:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: str = hf_copy.KEEP,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: Path | None = None,
+) -> str:
     """Hugging Face folder <-> `.nemo` file, or a folder of another name style, dtype or shard size into published form.
 
     Returns the content sha256 of the written folder, or of the read one where a `.nemo` file was written; both were
     read back and compared. Progress goes to stderr. Folder to folder streams and resumes after a kill, whereas a
-    `.nemo` file passes through a model that holds it whole.
+    `.nemo` file passes through a model that holds it whole. `tokenizer` is the folder whose tokenizer and code files
+    the written folder carries; by default the source, or nano's where the vocabulary is nano's.
     """
     if target.exists():
         raise UserError(f"{target}: already there; give a new path")
     with closing(TransferLine()) as line:
         if source.suffix != NEMO and target.suffix != NEMO:
-            return weights.copy_folder(source, target, dtype, tokenizer_folder(source), shard_bytes, line)
+            return hf_copy.copy_folder(
+                source, target, dtype, _tokenizer(tokenizer, source, read_config(source)), shard_bytes, line
+            )
         from nemo_cascade.models.cascade_model import CascadeModel
+        from nemo_cascade.models.convert import save_folder
 
         if source.suffix == NEMO:
             if not source.is_file():
                 raise UserError(f"{source}: no such file")
             model = CascadeModel.restore_from(str(source))
-            config, tokenizer = model.hf_config, tokenizer_folder()
-            return weights.save_folder(model.model, config, target, dtype, tokenizer, shard_bytes, line)
+            carried = _tokenizer(tokenizer, None, model.hf_config)
+            return save_folder(model.model, model.hf_config, target, dtype, carried, shard_bytes, line)
         read_config(source)
         _save_nemo(CascadeModel.from_hf(source), target)
         return content_sha256(source, check=True, progress=line)
+
+
+def _tokenizer(named: Path | None, source: Path | None, config: NemotronHConfig) -> Path | None:
+    """The folder to carry tokenizer and code files from; another vocabulary never gets nano's tokenizer."""
+    if named is not None and not (named / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {named}: no tokenizer.json there")
+    if named is not None or (source is not None and (source / "tokenizer.json").is_file()):
+        return named or source
+    return NANO_TOKENIZER if config.vocab_size == NemotronHConfig.preset("nano").vocab_size else source
 
 
 def _save_nemo(model: CascadeModel, target: Path) -> None:
@@ -92,8 +112,8 @@ def named_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\n{weights.SAFETENSORS_NAMES[tensor.dtype]}\n{list(tensor.shape)}\n".encode())
-        digest.update(weights.bytes_of(tensor))
+        digest.update(f"{name}\n{hf_copy.SAFETENSORS_NAMES[tensor.dtype]}\n{list(tensor.shape)}\n".encode())
+        digest.update(hf_copy.bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -19,14 +19,22 @@ AUTO_MAP: dict[str, Json] = {
     "AutoModel": "modeling_nemotron_h.NemotronHForCausalLM",
     "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
 }
-_FOR_CODE = '"""So that `auto_map` of config.json leads somewhere: transformers 5 ships NemotronH itself."""\n\n'
+_WHY = '"""So that `auto_map` of config.json leads somewhere: transformers 5 ships NemotronH itself."""\n\n'
 CODE = {
-    "configuration_nemotron_h.py": _FOR_CODE
-    + "from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig\n\n"
-    + '__all__ = ["NemotronHConfig"]\n',
-    "modeling_nemotron_h.py": _FOR_CODE
-    + "from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM\n\n"
-    + '__all__ = ["NemotronHForCausalLM"]\n',
+    "configuration_nemotron_h.py": f"""{_WHY}from transformers.models.nemotron_h import configuration_nemotron_h as shipped
+
+
+class NemotronHConfig(shipped.NemotronHConfig):
+    pass
+""",
+    "modeling_nemotron_h.py": f"""{_WHY}from transformers.models.nemotron_h import modeling_nemotron_h as shipped
+
+from .configuration_nemotron_h import NemotronHConfig
+
+
+class NemotronHForCausalLM(shipped.NemotronHForCausalLM):
+    config_class = NemotronHConfig
+""",
 }
 """Written where the source has no code files of its own. An engine on transformers 4 needs the published files: keep
 them beside the tokenizer and every export carries them."""

@@ -52,7 +52,7 @@ class TransferLine:
 
     def describe(self, seconds: float) -> str:
         """The text beside the bar after so many seconds; the speed is the mean over the phase."""
-        text = f"{self.done:,}/{self.tensors:,} tensors  {self.sent / 1e9:.2f}/{self.size / 1e9:.2f} GB"
+        text = f"{self.done:,}/{self.tensors:,} tensors  {amount(self.sent)} of {amount(self.size)}"
         if seconds <= 0 or not self.sent:
             return text
         speed = self.sent / seconds
@@ -63,3 +63,8 @@ class TransferLine:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def amount(size: int) -> str:
+    """Bytes as a person reads them: 2.3 MB, 63.2 GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

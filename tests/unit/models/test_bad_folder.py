@@ -1,4 +1,4 @@
-"""Bad Hugging Face folders and full disks: one line that names tensor and file, nothing changed, nothing left behind."""
+"""Bad Hugging Face folders and full disks: one line that names tensor and file; nothing changes, nothing is left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_cascade.config.paths import PACKAGED
-from nemo_cascade.models import convert
+from nemo_cascade.models import convert, hf_copy, hf_folder
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import CHECKSUMS, INDEX, content_sha256, file_header, raw_header
 from nemo_cascade.models.hf_writer import WriteFailed
@@ -32,7 +32,7 @@ DOWN = "backbone.layers.2.mixer.experts.3.down_proj.weight"
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packaged model in a dozen shards, with checksums."""
     folder = tmp_path_factory.mktemp("sound") / "hf"
-    convert.copy_folder(NANO, folder, shard_bytes=200_000)
+    hf_copy.copy_folder(NANO, folder, shard_bytes=200_000)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_folder_is_refused_before_anything_changes(folder: Path, model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for use in (
         lambda: convert.load_folder(model, folder),
-        lambda: convert.copy_folder(folder, folder.parent / "copy"),
+        lambda: hf_copy.copy_folder(folder, folder.parent / "copy"),
     ):
         with pytest.raises(UserError) as caught:
             use()
@@ -129,7 +129,7 @@ def test_a_damaged_folder_is_refused_before_anything_changes(folder: Path, model
 
 
 def test_every_single_flipped_bit_is_seen(tmp_path: Path) -> None:
-    convert.copy_folder(NANO, tmp_path / "hf")
+    hf_copy.copy_folder(NANO, tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     content = file.read_bytes()
     size = len(raw_header(file))
@@ -141,8 +141,8 @@ def test_every_single_flipped_bit_is_seen(tmp_path: Path) -> None:
         damaged[spot] ^= 1 << (spot % 8)
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model\.safetensors|hf: tensor|tensors are missing"):
-            convert.read_checked_header(tmp_path / "hf", config)
-            convert.verify(tmp_path / "hf")
+            hf_folder.read_checked_header(tmp_path / "hf", config)
+            hf_folder.verify(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_another_architectures_config(folder: Path, changes: dict[str, object], 
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UserError) as caught:
-        convert.copy_folder(folder, folder.parent / "copy")
+        hf_copy.copy_folder(folder, folder.parent / "copy")
     assert message in str(caught.value)
     assert [entry.name for entry in folder.parent.iterdir()] == ["hf"]
 
@@ -181,7 +181,7 @@ def test_a_quantised_checkpoint(folder: Path, model: NemotronH) -> None:
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "1M") as small:
         for write in (
-            lambda: convert.copy_folder(NANO, small / "hf", shard_bytes=400_000),
+            lambda: hf_copy.copy_folder(NANO, small / "hf", shard_bytes=400_000),
             lambda: convert.save_folder(tensors(), NemotronHConfig.preset("nano"), small / "hf", "bf16"),
         ):
             with pytest.raises(WriteFailed, match=r"disk: no room left to write .*safetensors: 0\.002 GB are needed"):
@@ -195,15 +195,15 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     """`ulimit -f` refuses in the middle of a file, as a disk does that others fill too."""
-    sha256 = convert.copy_folder(NANO, tmp_path / "hf")
+    sha256 = hf_copy.copy_folder(NANO, tmp_path / "hf")
 
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
     program = (
-        "import sys; from nemo_cascade.models import convert\n"
-        "try: convert.save_folder(convert.stored(sys.argv[1]), convert.read_config(sys.argv[1]), sys.argv[2])\n"
-        "except Exception as error: print(type(error).__name__, error)"
+        "import sys; from nemo_cascade.models import convert, hf_copy\n"
+        "try: convert.save_folder(hf_copy.stored(sys.argv[1]), hf_copy.read_config(sys.argv[1]), sys.argv[2])\n"
+        "except OSError as error: print(type(error).__name__, error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(NANO), str(tmp_path / "hf")],
