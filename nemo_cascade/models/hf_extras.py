@@ -21,18 +21,18 @@ AUTO_MAP: dict[str, Json] = {
 }
 _WHY = '"""So that `auto_map` of config.json leads somewhere: transformers 5 ships NemotronH itself."""\n\n'
 CODE = {
-    "configuration_nemotron_h.py": f"""{_WHY}from transformers.models.nemotron_h import configuration_nemotron_h as shipped
+    "configuration_nemotron_h.py": f"""{_WHY}from transformers.models import nemotron_h
 
 
-class NemotronHConfig(shipped.NemotronHConfig):
+class NemotronHConfig(nemotron_h.NemotronHConfig):
     pass
 """,
-    "modeling_nemotron_h.py": f"""{_WHY}from transformers.models.nemotron_h import modeling_nemotron_h as shipped
+    "modeling_nemotron_h.py": f"""{_WHY}from transformers.models import nemotron_h
 
 from .configuration_nemotron_h import NemotronHConfig
 
 
-class NemotronHForCausalLM(shipped.NemotronHForCausalLM):
+class NemotronHForCausalLM(nemotron_h.NemotronHForCausalLM):
     config_class = NemotronHConfig
 """,
 }

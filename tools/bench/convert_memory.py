@@ -49,17 +49,9 @@ def main() -> None:
         return
     print(f"{options.model}: MB; shards of at most {options.shard_bytes / 1e6:,.0f}")
     print(f"{'phase':8}{'total':>10}{'largest shard':>15}{'largest tensor':>16}{'above':>10}{'peak':>10}{'seconds':>9}")
+    widths = {"total": 10, "largest_shard": 15, "largest_tensor": 16, "above": 10, "peak": 10}
     for row in rows:
-        sizes = "".join(
-            f"{row[key] / 1e6:{width},.1f}"
-            for key, width in (
-                ("total", 10),
-                ("largest_shard", 15),
-                ("largest_tensor", 16),
-                ("above", 10),
-                ("peak", 10),
-            )
-        )
+        sizes = "".join(f"{row[key] / 1e6:{width},.1f}" for key, width in widths.items())
         print(f"{row['phase']:8}{sizes}{row['seconds']:9.1f}")
 
 
@@ -126,9 +118,8 @@ def write_both(config: NemotronHConfig, plain: Path, packed: Path, shard_bytes: 
 def write(config: NemotronHConfig, shapes: dict[str, tuple[int, ...]], folder: Path, shard_bytes: int) -> None:
     """Random weights under any names."""
     folder.mkdir()
-    writer = ShardWriter(
-        folder, plan_shards([Planned(name, "BF16", shape) for name, shape in shapes.items()], shard_bytes)
-    )
+    plan = [Planned(name, "BF16", shape) for name, shape in shapes.items()]
+    writer = ShardWriter(folder, plan_shards(plan, shard_bytes))
     for name, tensor in random_tensors(shapes):
         hf_copy.write_tensor(writer, name, tensor)
     writer.finish()
