@@ -1,4 +1,4 @@
-"""Run by test_convert_layouts.py, once per rank: bf16 exports at several layouts, and a disk that fills up under rank 0."""
+"""Run by test_convert_layouts.py, once per rank: bf16 exports at several layouts, and a disk that fills up."""
 
 from __future__ import annotations
 
