@@ -6,7 +6,6 @@ transformers saves (`model.` and experts stacked in one tensor), which we also r
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,9 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_copy import (
+    KEEP,
     SAFETENSORS_NAMES,
     Extras,
     as_policy,
@@ -28,7 +29,7 @@ from nemo_cascade.models.hf_copy import (
 )
 from nemo_cascade.models.hf_folder import Progress, Silent, read_checked_header, read_config, verify
 from nemo_cascade.models.hf_writer import SHARD_BYTES, Planned, ShardWriter
-from nemo_cascade.models.names import dtypes, slots
+from nemo_cascade.models.names import Rows, slots
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import UserError
 
@@ -45,9 +46,8 @@ def export_weights(model: NemotronH, config: NemotronHConfig) -> Iterator[tuple[
 
     Collective: every rank must run it to the end; every rank gets every whole tensor.
     """
-    stored = dtypes(model, config)
     for name, slot in slots(model, config):
-        yield name, dataclasses.replace(slot, dtype=stored[name]).read()
+        yield name, slot.read()
 
 
 def import_weights(model: NemotronH, config: NemotronHConfig, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -134,7 +134,7 @@ def save_folder(
     tokenizer, chat template and, where it has them, the published modelling files. WriteFailed where the disk refuses.
     """
     folder = Path(folder)
-    table = dtypes(source, config) if isinstance(source, NemotronH) else {}
+    table = _dtypes(source, config) if isinstance(source, NemotronH) and dtype_policy == KEEP else {}
     named = export_weights(source, config) if isinstance(source, NemotronH) else iter(source)
     if dist.is_initialized() and dist.get_rank() != 0:
         _drain(named)
@@ -158,6 +158,24 @@ def save_folder(
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _dtypes(model: NemotronH, config: NemotronHConfig) -> dict[str, torch.dtype]:
+    """Tensor name -> dtype of its parameter, on every rank; collective where other ranks hold a part of the model."""
+    known: dict[str, torch.dtype] = {}
+    for name, slot in slots(model, config):
+        if slot.is_local:
+            piece = slot.pieces[0]
+            known[name] = piece.local.dtype if isinstance(piece, Rows) else piece.view.dtype
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            parts: list[dict[str, torch.dtype]] = [{} for _ in range(group.size())]
+            dist.all_gather_object(parts, known, group=group)
+            known = {name: dtype for part in parts for name, dtype in part.items()}
+    return known
 
 
 def _drain(named: Iterator[object]) -> None:

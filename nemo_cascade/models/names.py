@@ -7,13 +7,15 @@ export and import cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_cascade.models.config import NemotronHConfig
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,50 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a parameter that tensor-parallel ranks cut elsewhere; `index` counts the rows of all ranks."""
+
+    local: torch.Tensor
+    index: torch.Tensor
+
+    def gather(self, group: dist.ProcessGroup) -> torch.Tensor:
+        """The rows, put together from all ranks."""
+        own = self.local.detach().contiguous()
+        shards = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(shards, own, group=group)
+        return torch.cat(shards)[self.index.to(own.device)]
+
+    def write(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Copy those of the rows that this rank holds."""
+        place = self.index - group.rank() * self.local.shape[0]
+        mine = (place >= 0) & (place < self.local.shape[0])
+        self.local[place[mine].to(self.local.device)] = tensor[mine.to(tensor.device)].to(self.local)
+
+
+def _fused_rows(fused: torch.Tensor, which: str, config: NemotronHConfig, ranks: int) -> Rows:
+    """Query, key or value rows of a linear_qkv whose KV groups are spread over several ranks.
+
+    Its rows are, per KV group, query heads, key head, value head, cut evenly over ranks; Megatron gathers its output
+    and each rank picks its queries and its group's key and value (transformer/attention.py:1398).
+    """
+    groups, width = config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads // groups
+    rows = torch.arange(fused.shape[0] * ranks).view(groups, heads + 2, width)
+    part = {"q": rows[:, :heads], "k": rows[:, heads : heads + 1], "v": rows[:, heads + 1 :]}[which]
+    return Rows(fused, part.flatten())
+
+
+@dataclass(frozen=True)
 class Slot:
     """One Hugging Face tensor: pieces stacked along dimension 0, or nothing where another rank holds it.
 
-    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one). A rank
-    that does not hold it receives it in `dtype` on `device`.
+    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one).
     """
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] | tuple[Rows]
     stage: int
     expert_rank: int | None = None
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default=torch.device("cpu"))
 
     @property
     def is_local(self) -> bool:
@@ -47,7 +80,7 @@ class Slot:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on every rank; collective where the model is cut."""
-        tensor = self._gather() if self.is_local else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        tensor = self._gather() if self.is_local else torch.empty(self.shape, device=_device())
         if self.expert_rank is not None:
             tensor = _from(self.expert_rank, tensor, parallel_state.get_expert_model_parallel_group())
         return _from(self.stage, tensor, parallel_state.get_pipeline_model_parallel_group())
@@ -57,6 +90,8 @@ class Slot:
         group = parallel_state.get_tensor_model_parallel_group()
         parts = []
         for piece in self.pieces:
+            if isinstance(piece, Rows):
+                return piece.gather(group)
             local = piece.view.detach().reshape(piece.shape).contiguous()
             if piece.dim is not None and group.size() > 1:
                 shards = [torch.empty_like(local) for _ in range(group.size())]
@@ -71,6 +106,9 @@ class Slot:
         ranks, rank, begin = group.size(), group.rank(), 0
         with torch.no_grad():
             for piece in self.pieces:
+                if isinstance(piece, Rows):
+                    piece.write(tensor, group)
+                    return
                 rows = piece.shape[0] * (ranks if piece.dim == 0 else 1)
                 part = tensor[begin : begin + rows] if len(self.pieces) > 1 else tensor
                 begin += rows
@@ -79,33 +117,26 @@ class Slot:
                 piece.view.copy_(part.reshape(piece.view.shape))
 
 
+def _device() -> torch.device:
+    """Where the ranks' collectives expect tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _from(owner: int, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The tensor of the group's member `owner`, on all its members."""
+    """The tensor of the group's member `owner`, on all its members, in the owner's dtype."""
     if group.size() > 1:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, dist.get_global_rank(group, owner), group=group)
+        source = dist.get_global_rank(group, owner)
+        dtype = torch.tensor([_DTYPES.index(tensor.dtype)], device=tensor.device)
+        dist.broadcast(dtype, source, group=group)
+        tensor = tensor.to(_DTYPES[int(dtype)]).contiguous()
+        dist.broadcast(tensor, source, group=group)
     return tensor
-
-
-def dtypes(model: torch.nn.Module, config: NemotronHConfig) -> dict[str, torch.dtype]:
-    """Tensor name -> dtype of its parameter, on every rank; collective where other ranks hold a part of the model."""
-    known = {name: slot.pieces[0].view.dtype for name, slot in slots(model, config) if slot.is_local}
-    for group in (
-        parallel_state.get_expert_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    ):
-        if group.size() > 1:
-            parts: list[dict[str, torch.dtype]] = [{} for _ in range(group.size())]
-            dist.all_gather_object(parts, known, group=group)
-            known = {name: dtype for part in parts for name, dtype in part.items()}
-    return known
 
 
 def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str, Slot]]:
     """Every tensor of the checkpoint in the order of `config.tensor_shapes()`, which is the same on all ranks."""
     shapes = config.tensor_shapes()
     local = dict(model.named_parameters()) | dict(model.named_buffers())
-    device = next(iter(local.values())).device
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     per_stage = config.num_hidden_layers // stages
     here = parallel_state.get_pipeline_model_parallel_rank()
@@ -118,7 +149,7 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         if name in ends:
             megatron, dim, stage = ends[name]
             pieces = (_whole(local[megatron], dim),) if stage == here else ()
-            yield name, Slot(shape, pieces, stage, device=device)
+            yield name, Slot(shape, pieces, stage)
             continue
         index, rest = name.removeprefix("backbone.layers.").split(".", 1)
         stage = int(index) // per_stage
@@ -128,7 +159,7 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         kind = config.hybrid_override_pattern[int(index)]
         owner = _expert_owner(rest, config)
         pieces = layer.pieces(kind, rest) if layer else ()
-        yield name, Slot(shape, pieces, stage, owner, device=device)
+        yield name, Slot(shape, pieces, stage, owner)
 
 
 def _expert_owner(rest: str, config: NemotronHConfig) -> int | None:
@@ -154,7 +185,7 @@ class _LayerView:
     def _get(self, name: str) -> torch.Tensor:
         return self.local[self.prefix + name]
 
-    def pieces(self, kind: str, rest: str) -> tuple[Piece, ...]:
+    def pieces(self, kind: str, rest: str) -> tuple[Piece, ...] | tuple[Rows]:
         """The pieces of the tensor `rest` (name below `backbone.layers.N.`) of a layer of this kind."""
         if rest == "norm.weight":
             norm = {"M": "norm.weight", "*": "input_layernorm.weight", "E": "pre_mlp_layernorm.weight"}[kind]
@@ -178,14 +209,17 @@ class _LayerView:
             return (_whole(parameter, 0),)
         return tuple(_whole(part, 0) for part in parameter.split(sizes[name]))
 
-    def _attention(self, name: str) -> tuple[Piece, ...]:
+    def _attention(self, name: str) -> tuple[Piece, ...] | tuple[Rows]:
         if name == "o_proj.weight":
             return (_whole(self._get("self_attention.linear_proj.weight"), 1),)
         config = self.config
+        fused = self._get("self_attention.linear_qkv.weight")
+        if config.num_key_value_heads < self.ranks:
+            return (_fused_rows(fused, name.split("_")[0], config, self.ranks),)
         groups, width = config.num_key_value_heads // self.ranks, config.head_dim
         heads = config.num_attention_heads // config.num_key_value_heads
         # linear_qkv stacks, per KV group: its query heads, its key head, its value head
-        grouped = self._get("self_attention.linear_qkv.weight").view(groups, heads + 2, width, config.hidden_size)
+        grouped = fused.view(groups, heads + 2, width, config.hidden_size)
         view = {
             "q_proj.weight": grouped[:, :heads],
             "k_proj.weight": grouped[:, heads : heads + 1],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_cascade.models import convert, nemotron_h, parallel
+from nemo_cascade.models import convert, hf_copy, nemotron_h, parallel
 from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.models.hf_writer import WriteFailed
 
@@ -31,6 +31,11 @@ def main(folder: Path) -> None:
         found = convert.save_folder(model, config, folder / f"again-{number}", "bf16", None, 300_000)
         if found != (expected if rank == 0 else ""):
             raise AssertionError(f"{layout}: the export differs from what was loaded")
+        convert.save_folder(model, config, folder / "kept", hf_copy.KEEP)
+        if rank == 0:
+            pairs = zip(hf_copy.stored(folder / "hf"), hf_copy.stored(folder / "kept"), strict=True)
+            if not all(ours.float().equal(theirs.float()) for (_, ours), (_, theirs) in pairs):
+                raise AssertionError(f"{layout}: an export in the parameters' own dtypes differs")
         parallel.stop()
     fill_the_disk(folder)
 
