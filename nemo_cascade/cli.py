@@ -267,14 +267,26 @@ def evaluate(options: argparse.Namespace) -> int:
 def _add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", type=Path, help="a Hugging Face folder or a .nemo file")
     sub.add_argument("target", type=Path, help="a new folder or a new .nemo file")
-    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the written folder (default fp32)")
+    sub.add_argument(
+        "--dtype",
+        choices=("keep", "fp32", "bf16"),
+        default="keep",
+        help="of the written folder (default keep, as in the source; bf16 leaves router, A_log, D, dt_bias in fp32)",
+    )
+    sub.add_argument(
+        "--shard-size", default="5GB", metavar="SIZE", help="largest file of the written folder (default 5GB)"
+    )
+    sub.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer the folder carries (source's)")
 
 
 def convert(options: argparse.Namespace) -> int:
     """Bring a checkpoint into published Hugging Face form, or into a .nemo file and back."""
     from nemo_cascade.config.paths import hf_folder
 
-    print(_weights().convert(hf_folder(str(options.source)), options.target, options.dtype))
+    conversion = importlib.import_module("nemo_cascade.evaluation.conversion")
+    shard_bytes = conversion.size_in_bytes(options.shard_size)
+    source = hf_folder(str(options.source))
+    print(conversion.convert(source, options.target, options.dtype, shard_bytes, options.tokenizer))
     return 0
 
 

@@ -1,6 +1,4 @@
-"""What one can do with a single checkpoint at hand: evaluate it, convert it, talk to it. Needs torch; the CLI imports
-it late.
-"""
+"""What one can do with a single checkpoint at hand: evaluate it, talk to it. Needs torch; the CLI imports it late."""
 
 from __future__ import annotations
 
@@ -18,11 +16,9 @@ from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.domains import Services, load
 from nemo_cascade.evaluation.benchmark import Benchmark
 from nemo_cascade.evaluation.intervals import bootstrap_mean
-from nemo_cascade.models.hf_folder import content_sha256, read_config, weight_files
+from nemo_cascade.models.hf_folder import read_config, weight_files
 from nemo_cascade.rollout.local import LocalSampler
-from nemo_cascade.types import Interval, Message, Request, SamplingParams, UserError
-
-NEMO = ".nemo"
+from nemo_cascade.types import Interval, Message, Request, SamplingParams
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,30 +58,6 @@ def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) 
             cell = (str(row["domain"]), str(row["split"]), str(row["mode"]))
             cells.setdefault(cell, []).append(float(str(row["score"])))
     return {cell: bootstrap_mean(scores) for cell, scores in cells.items()}
-
-
-def convert(source: Path, target: Path, dtype: str = "fp32") -> str:
-    """Hugging Face folder <-> `.nemo` file, or a folder of another name style or dtype into published form.
-
-    Returns the content sha256 of the written folder, or of the read one where a `.nemo` file was written.
-    """
-    from nemo_cascade.models import convert as conversion
-    from nemo_cascade.models.cascade_model import CascadeModel
-
-    if target.exists():
-        raise UserError(f"{target}: already there; give a new path")
-    if source.suffix == NEMO:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file")
-        model = CascadeModel.restore_from(str(source))
-        tokenizer = tokenizer_folder(source, model.hf_config.vocab_size)
-        return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer)
-    model = CascadeModel.from_hf(source)
-    if target.suffix == NEMO:
-        model.save_to(str(target))
-        return content_sha256(source)
-    tokenizer = tokenizer_folder(source, model.hf_config.vocab_size)
-    return conversion.save_folder(model.model, model.hf_config, target, dtype, tokenizer)
 
 
 @dataclass

@@ -21,9 +21,36 @@ LAYER_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention"}
 HF_LAYER_SYMBOLS = {
     "linear_attention": "M", "mamba": "M", "moe": "E", "full_attention": "*", "attention": "*", "mlp": "-",
 }  # fmt: skip
-# transformers 5 clamps the time step from below by `time_step_min` when it prefills, not when it decodes; Megatron and
-# the published kernels never clamp. An exported config carries this bound instead, small enough to change nothing.
+# transformers 5 clamps the time step from below by `time_step_min` when it prefills, not when it decodes; Megatron, the
+# mamba_ssm kernels, vLLM, SGLang and TensorRT-LLM never clamp. An exported config carries this bound instead: too small
+# to change anything in fp32 or bf16, and unlike 0 it has the logarithm that transformers' random initialisation takes.
 NO_CLAMP = 1.0e-20
+# What the published config.json says beside the fields of NemotronHConfig: every NemotronH that this code computes has
+# these values, so the same table is exported and, on reading, refused where a value differs.
+FIXED: dict[str, Json] = {
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_conv_bias": True,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "sliding_window": None,
+    "num_nextn_predict_layers": 0,
+}
+# Read by one engine or another, without effect on what is computed here.
+INERT: dict[str, Json] = {
+    "mamba_ssm_cache_dtype": "float32",
+    "expand": 2,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "residual_in_fp32": False,
+    "num_logits_to_keep": 1,
+    "use_cache": True,
+    "use_mamba_kernels": True,
+    "rope_theta": 10000,
+    "partial_rotary_factor": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -193,20 +220,8 @@ class NemotronHConfig:
             "time_step_init_min": self.time_step_min,
             "intermediate_size": self.moe_intermediate_size,
             "norm_eps": self.layer_norm_epsilon,
-            "mlp_hidden_act": "relu2",
-            "mamba_hidden_act": "silu",
-            "mamba_ssm_cache_dtype": "float32",
-            "expand": 2,
-            "use_conv_bias": True,
-            "use_bias": False,
-            "mlp_bias": False,
-            "attention_bias": False,
-            "mamba_proj_bias": False,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            "residual_in_fp32": False,
-            "num_logits_to_keep": 1,
-            "use_cache": True,
+            **FIXED,
+            **INERT,
         }
 
     @classmethod
@@ -217,11 +232,19 @@ class NemotronHConfig:
         """
         if content.get("model_type") != "nemotron_h":
             raise UserError(f"{source}: model_type is {content.get('model_type')!r}, a nemotron_h model is needed")
+        for key, value in {**FIXED, "moe_latent_size": None}.items():
+            if content.get(key, value) != value:
+                raise UserError(f"{source}: {key} {content[key]!r} is not supported, this code needs {value!r}")
         values = dict(content)
         if "hybrid_override_pattern" not in values:
             layers = values.get("layers_block_type") or values.get("layer_types") or []
             symbols = [HF_LAYER_SYMBOLS.get(str(kind), "?") for kind in layers]  # type: ignore[union-attr]
             values["hybrid_override_pattern"] = "".join(symbols)
+        elif values.get("num_hidden_layers") not in (None, len(str(values["hybrid_override_pattern"]))):
+            raise UserError(
+                f"{source}: num_hidden_layers is {values['num_hidden_layers']}, hybrid_override_pattern has "
+                f"{len(str(values['hybrid_override_pattern']))} letters"
+            )
         values["time_step_min"] = values.get("time_step_init_min", values.get("time_step_min", 0.001))
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = values["eos_token_id"][0]  # type: ignore[index]

@@ -1,40 +1,44 @@
 """To and from Hugging Face: export the policy under published names, load a folder, write a folder that others load.
 
 Two name styles exist: published checkpoints (`backbone.` and one tensor per expert), which we write, and what recent
-transformers saves (`model.` and experts stacked in one tensor), which we also read.
+transformers saves (`model.` and experts stacked in one tensor), which we also read. Both ways go one tensor at a time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from megatron.core import parallel_state
 
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.hf_folder import INDEX, SINGLE, content_sha256, read_header
-from nemo_cascade.models.names import slots
+from nemo_cascade.models.hf_copy import (
+    KEEP,
+    SAFETENSORS_NAMES,
+    Extras,
+    as_policy,
+    read_tensor,
+    refuse_quantised,
+    stored_dtype,
+    write_folder,
+    write_tensor,
+)
+from nemo_cascade.models.hf_folder import Progress, Silent, read_checked_header, read_config, verify
+from nemo_cascade.models.hf_writer import SHARD_BYTES, Planned, ShardWriter
+from nemo_cascade.models.names import Rows, slots
 from nemo_cascade.models.nemotron_h import NemotronH
-from nemo_cascade.types import Json, UserError
+from nemo_cascade.types import UserError
 
-SHARD_BYTES = 4 * 1024**3
-DTYPE_POLICIES = ("fp32", "bf16")
-# kept fp32 in a bf16 export: routing decides on small differences, and the decay is exp of exp
-_FP32_ENDINGS = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
-_COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "generation_config.json", "configuration_nemotron_h.py", "modeling_nemotron_h.py",
+# fields that no shape shows but that change what the model computes
+_SEMANTICS = (
+    "hybrid_override_pattern", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads",
+    "mamba_head_dim", "ssm_state_size", "n_groups", "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob",
+    "n_group", "topk_group", "layer_norm_epsilon",
 )  # fmt: skip
-_AUTO_MAP: dict[str, Json] = {
-    "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
-    "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
-}
 
 
 def export_weights(model: NemotronH, config: NemotronHConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,7 +63,12 @@ def import_weights(model: NemotronH, config: NemotronHConfig, named: Iterable[tu
                 raise UserError(
                     f"tensor {published} does not belong to this model; check config.json against the weights"
                 )
-            _check_shape(name, tuple(part.shape), table[name].shape)
+            found, wanted = tuple(part.shape), table[name].shape
+            if found != wanted:
+                raise UserError(
+                    f"tensor {name} has shape {list(found)}, the model needs {list(wanted)}; use the model config of "
+                    "the checkpoint's own config.json"
+                )
             if name not in missing:
                 raise UserError(f"tensor {name} is given twice")
             missing.discard(name)
@@ -67,15 +76,6 @@ def import_weights(model: NemotronH, config: NemotronHConfig, named: Iterable[tu
     if missing:
         raise UserError(
             f"{len(missing)} tensors are missing, the first is {min(missing)}; the checkpoint is incomplete"
-        )
-
-
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape."""
-    if found != wanted:
-        raise UserError(
-            f"tensor {name} has shape {list(found)}, the model needs {list(wanted)}; use the model config of the "
-            "checkpoint's own config.json"
         )
 
 
@@ -92,42 +92,30 @@ def _canonical(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Ten
 
 
 def load_folder(model: NemotronH, folder: str | Path) -> None:
-    """Fill the policy from a Hugging Face folder; names and shapes are checked before the first tensor is copied."""
+    """Fill the policy from a Hugging Face folder, one tensor at a time.
+
+    Config, names, shapes and, where the folder has them, checksums are checked before the first tensor is copied: a bad
+    folder changes nothing.
+    """
     folder = Path(folder)
-    config = model.hf_config
-    headers = read_header(folder)
-    wanted = config.tensor_shapes()
-    found: set[str] = set()
-    for published, header in headers.items():
-        for name, part in _canonical(published, torch.empty(header.shape, device="meta")):
-            if name not in wanted:
-                raise UserError(f"{folder}: tensor {published} does not belong to this model; check its config.json")
-            try:
-                _check_shape(name, tuple(part.shape), wanted[name])
-            except UserError as error:
-                raise UserError(f"{folder}: {error}") from error
-            found.add(name)
-    if absent := [name for name in wanted if name not in found]:
-        raise UserError(
-            f"{folder}: {len(absent)} tensors are missing, the first is {absent[0]}; export the checkpoint again"
-        )
-    import_weights(model, config, _stored({name: header.file for name, header in headers.items()}))
+    headers = read_checked_header(folder, model.hf_config)
+    _check_config(folder, model.hf_config)
+    refuse_quantised(headers)
+    verify(folder)
+    import_weights(model, model.hf_config, ((name, read_tensor(header)) for name, header in headers.items()))
 
 
-def _stored(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of safetensors files, one at a time."""
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
-                yield name, stored.get_tensor(name)
-
-
-def as_policy(name: str, tensor: torch.Tensor, dtype_policy: str) -> torch.Tensor:
-    """The dtype in which an export stores a tensor: fp32 stores all in fp32, bf16 keeps only the sensitive ones so."""
-    if dtype_policy not in DTYPE_POLICIES:
-        raise UserError(f"precision_export: {dtype_policy!r} is not one of {', '.join(DTYPE_POLICIES)}")
-    keep = dtype_policy == "fp32" or name.endswith(_FP32_ENDINGS)
-    return tensor.to(torch.float32 if keep else torch.bfloat16)
+def _check_config(folder: Path, config: NemotronHConfig) -> None:
+    """Refuse weights that fit by shape but were trained to be computed with another router scale, eps or head split."""
+    if not (folder / "config.json").is_file():
+        return
+    found = read_config(folder)
+    for key in _SEMANTICS:
+        if getattr(found, key) != getattr(config, key):
+            raise UserError(
+                f"{folder / 'config.json'}: {key} is {getattr(found, key)}, this run's model has "
+                f"{getattr(config, key)}; use the model config of the checkpoint"
+            )
 
 
 def save_folder(
@@ -137,116 +125,59 @@ def save_folder(
     dtype_policy: str = "fp32",
     tokenizer_from: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> str:
     """Write a Hugging Face folder that transformers, vLLM and TensorRT-LLM load; returns its content sha256.
 
-    Complete or absent: written beside `folder`, synced, renamed over it. Collective where the model is cut over ranks:
-    rank 0 writes, the others return "" once their part is read. `tokenizer_from` gives tokenizer, chat template and,
-    where it has them, the published modelling files.
+    Complete or absent: written beside `folder`, synced, read back and compared, renamed over it. Collective where the
+    model is cut over ranks: rank 0 writes, the others return "" once their part is read. `tokenizer_from` gives
+    tokenizer, chat template and, where it has them, the published modelling files. WriteFailed where the disk refuses.
     """
+    folder = Path(folder)
+    table = _dtypes(source, config) if isinstance(source, NemotronH) and dtype_policy == KEEP else {}
     named = export_weights(source, config) if isinstance(source, NemotronH) else iter(source)
     if dist.is_initialized() and dist.get_rank() != 0:
-        for _ in named:
-            pass
+        _drain(named)
         return ""
-    folder = Path(folder)
+    plan = [
+        Planned(name, SAFETENSORS_NAMES[stored_dtype(name, table.get(name, torch.float32), dtype_policy)], shape)
+        for name, shape in config.tensor_shapes().items()
+    ]
+
+    def fill(writer: ShardWriter) -> None:
+        for name, tensor in named:
+            write_tensor(writer, name, as_policy(name, tensor, dtype_policy))
+
+    tokenizer = Path(tokenizer_from) if tokenizer_from else None
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        _write_weights(((name, as_policy(name, tensor, dtype_policy)) for name, tensor in named), aside, shard_bytes)
-        _write_configs(config, aside, dtype_policy, Path(tokenizer_from) if tokenizer_from else None)
-        sha256 = content_sha256(aside)
-        _sync(aside)
-        _replace(aside, folder)
+        return write_folder(folder, aside, plan, fill, Extras(config, tokenizer, shard_bytes), progress or Silent())
+    except (OSError, UserError):
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            _drain(named)  # the other ranks are in the middle of the same collectives
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return sha256
 
 
-def _write_weights(named: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
-    """Shards of at most `shard_bytes` with an index, or one file when all fits."""
-    shards: list[dict[str, torch.Size]] = []
-    held: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append({name: tensor.shape for name, tensor in held.items()})
-        held.clear()
-
-    for name, tensor in named:
-        weight = tensor.numel() * tensor.element_size()
-        if held and size + weight > shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor.contiguous().cpu()
-        size += weight
-        total += weight
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / INDEX, index)
+def _dtypes(model: NemotronH, config: NemotronHConfig) -> dict[str, torch.dtype]:
+    """Tensor name -> dtype of its parameter, on every rank; collective where other ranks hold a part of the model."""
+    known: dict[str, torch.dtype] = {}
+    for name, slot in slots(model, config):
+        if slot.is_local:
+            piece = slot.pieces[0]
+            known[name] = piece.local.dtype if isinstance(piece, Rows) else piece.view.dtype
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            parts: list[dict[str, torch.dtype]] = [{} for _ in range(group.size())]
+            dist.all_gather_object(parts, known, group=group)
+            known = {name: dtype for part in parts for name, dtype in part.items()}
+    return known
 
 
-def _write_configs(config: NemotronHConfig, folder: Path, dtype_policy: str, tokenizer_from: Path | None) -> None:
-    """config.json, generation_config.json and the copied tokenizer files."""
-    content = config.to_hf_json()
-    content["dtype"] = content["torch_dtype"] = "float32" if dtype_policy == "fp32" else "bfloat16"
-    if tokenizer_from is not None:
-        if not tokenizer_from.is_dir():
-            raise UserError(f"tokenizer {tokenizer_from}: no such folder")
-        parsers = [file.name for file in tokenizer_from.glob("*reasoning_parser*.py")]
-        for name in (*_COPIED, *parsers):
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, folder / name)
-        if (folder / "modeling_nemotron_h.py").is_file() and (folder / "configuration_nemotron_h.py").is_file():
-            content["auto_map"] = _AUTO_MAP
-    _write_json(folder / "config.json", content)
-    if not (folder / "generation_config.json").is_file():
-        _write_json(
-            folder / "generation_config.json",
-            {
-                "bos_token_id": config.bos_token_id,
-                "eos_token_id": config.eos_token_id,
-                "pad_token_id": config.pad_token_id,
-                "do_sample": True,
-                "temperature": 1.0,
-                "top_p": 0.95,
-            },
-        )
-
-
-def _write_json(path: Path, content: Mapping[str, Json] | dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Everything in the folder is on the disk before the rename shows it."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Put the new folder in place of the old one; a reader sees one or the other."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    handle = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    shutil.rmtree(old, ignore_errors=True)
+def _drain(named: Iterator[object]) -> None:
+    for _ in named:
+        pass
