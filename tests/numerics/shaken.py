@@ -11,8 +11,13 @@ from nemo_cascade.models.moe import routers
 
 
 @torch.no_grad()
-def shaken(config: NemotronHConfig, layout: ParallelLayout, scale: float = 4.0) -> nemotron_h.NemotronH:
-    """A policy whose matrices are `scale` times their random start, and whose norms, biases and per-head values move."""
+def shaken(
+    config: NemotronHConfig, layout: ParallelLayout, scale: float = 4.0, bias: float = 0.2
+) -> nemotron_h.NemotronH:
+    """A policy with matrices of `scale` times their random start; norms, biases and per-head values moved by noise.
+
+    `bias` is the spread of the experts' bias: large enough to change who is chosen.
+    """
     torch.manual_seed(7)
     built = nemotron_h.build(config, layout)
     for parameter in built.parameters():
@@ -21,7 +26,7 @@ def shaken(config: NemotronHConfig, layout: ParallelLayout, scale: float = 4.0) 
         else:
             parameter.add_(0.2 * torch.randn_like(parameter))
     for router in routers(built):
-        router.expert_bias.copy_(0.2 * torch.randn_like(router.expert_bias))
+        router.expert_bias.copy_(bias * torch.randn_like(router.expert_bias))
     return built
 
 

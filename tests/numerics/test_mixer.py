@@ -23,9 +23,9 @@ from nemo_cascade.models.packed import packed_row
 
 CHUNK = 8
 CONFIG = NemotronHConfig(
-    vocab_size=16, hidden_size=12, hybrid_override_pattern="M", num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-    mamba_num_heads=8, mamba_head_dim=4, ssm_state_size=6, n_groups=2, n_routed_experts=2, num_experts_per_tok=1,
-    moe_intermediate_size=4, moe_shared_expert_intermediate_size=4, chunk_size=CHUNK,
+    vocab_size=16, hidden_size=12, hybrid_override_pattern="M", num_attention_heads=2, num_key_value_heads=1,
+    head_dim=4, mamba_num_heads=8, mamba_head_dim=4, ssm_state_size=6, n_groups=2, n_routed_experts=2,
+    num_experts_per_tok=1, moe_intermediate_size=4, moe_shared_expert_intermediate_size=4, chunk_size=CHUNK,
 )  # fmt: skip
 Weights = Mapping[str, torch.Tensor]
 
