@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import logging
 import random
 import re
 import tempfile
@@ -24,7 +25,14 @@ from nemo_cascade.domains import Services, available, load
 from nemo_cascade.models import convert, nemotron_h, parallel
 from nemo_cascade.models.config import NO_CLAMP, NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config, read_json
-from nemo_cascade.models.parity import Difference, Parity, difference
+from nemo_cascade.models.parity import (
+    Difference,
+    Parity,
+    Prints,
+    difference,
+    tensor_differences,
+    tensor_prints,
+)
 from nemo_cascade.models.trace import Engine, MegatronEngine, TransformersEngine, points
 from nemo_cascade.types import UserError
 
@@ -89,6 +97,7 @@ class Side:
         if self.is_nemo:
             from nemo_cascade.models.cascade_model import CascadeModel
 
+            logging.getLogger("nemo_logger").setLevel(logging.WARNING)  # NeMo writes INFO to stdout: --json owns it
             return CascadeModel.restore_from(str(self.folder)).model
         layout = parallel.ParallelLayout()
         if not parallel.is_started():
@@ -191,6 +200,7 @@ def _run(
     with first.open() as (config, engine):
         sequences = _tokens(tokenizer, prompts, config)
         traces = {name: engine.trace(sequences, packed) for name, packed in MODES.items()}
+        ours = _prints(engine)
         del engine
     gc.collect()
     modes: dict[str, Difference] = {}
@@ -199,7 +209,14 @@ def _run(
         for name, packed in MODES.items():
             free, alone = engine.trace(sequences, packed), engine.trace(sequences, packed, feed=traces[name])
             modes[name] = difference(traces[name], free, alone, points(config))
-    return Parity(modes, tolerance), sequences, notes
+        theirs = _prints(engine)
+    tensors = None if ours is None or theirs is None else tuple(tensor_differences(ours, theirs))
+    return Parity(modes, tolerance, tensors), sequences, notes
+
+
+def _prints(engine: Engine) -> Prints | None:
+    """What identifies each tensor, where the model is ours."""
+    return tensor_prints(engine.model) if isinstance(engine, MegatronEngine) else None
 
 
 def _tokens(tokenizer: ChatTokenizer, prompts: Prompts, config: NemotronHConfig) -> list[torch.Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from nemo_cascade.models.convert import export_weights
+from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.trace import Trace
 
 ROWS = 128  # positions compared at a time: bounds the memory of [rows, vocabulary] in float64
 PERCENTILE = 0.99
+SHOWN = 12  # tensors named on the terminal; --json has all
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,42 @@ def _compared(
 
 
 @dataclass(frozen=True)
+class TensorDifference:
+    """One published tensor that is not the same in A and B. Equal norms: the same values in another order, or signs."""
+
+    name: str
+    norm_a: float
+    norm_b: float
+
+
+Prints = Mapping[str, tuple[str, float]]
+
+
+def tensor_prints(model: NemotronH) -> Prints:
+    """Published name -> (sha256 of the values in fp32, norm): what is left of a model that had to make room."""
+    prints = {}
+    for name, tensor in export_weights(model, model.hf_config):
+        values = tensor.float().cpu().contiguous()
+        digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+        prints[name] = (digest, float(values.double().norm()))
+    return prints
+
+
+def tensor_differences(a: Prints, b: Prints) -> list[TensorDifference]:
+    """The tensors that are not bit-equal, in the order of the checkpoint."""
+    return [TensorDifference(name, a[name][1], b[name][1]) for name in a if a[name][0] != b[name][0]]
+
+
+@dataclass(frozen=True)
 class Parity:
-    """The whole comparison. `modes`: `packed` (sequences together) and `unpacked` (one by one)."""
+    """The whole comparison. `modes`: `packed` (sequences together) and `unpacked` (one by one).
+
+    `tensors`: those that differ; None where a side was not read by Megatron and its tensors are not known.
+    """
 
     modes: Mapping[str, Difference]
     tolerance: float
+    tensors: tuple[TensorDifference, ...] | None = None
 
     @property
     def layers(self) -> list[LayerDifference]:
@@ -154,6 +189,7 @@ class Parity:
                 name: {"max_logprob_difference": mode.maximum, "p99": mode.p99} for name, mode in self.modes.items()
             },
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "tensors": None if self.tensors is None else [dataclasses.asdict(tensor) for tensor in self.tensors],
         }
 
     def table(self) -> str:
@@ -171,7 +207,18 @@ class Parity:
         lines.append("")
         lines.append("log-probabilities   maximum       p99")
         lines += [f"{name:17}  {mode.maximum:8.1e}  {mode.p99:8.1e}" for name, mode in self.modes.items()]
-        return "\n".join([*lines, "", self.verdict()])
+        return "\n".join([*lines, *self._tensor_lines(), "", self.verdict()])
+
+    def _tensor_lines(self) -> list[str]:
+        """The first tensors that differ."""
+        if self.tensors is None:
+            return []
+        if not self.tensors:
+            return ["", "every tensor is bit-equal"]
+        width = max(len(tensor.name) for tensor in self.tensors[:SHOWN])
+        lines = ["", f"{f'{len(self.tensors)} tensors differ':{width}}      norm in A      norm in B"]
+        lines += [f"{one.name:{width}}  {one.norm_a:13.6g}  {one.norm_b:13.6g}" for one in self.tensors[:SHOWN]]
+        return lines
 
     def verdict(self) -> str:
         """What follows, in one line."""

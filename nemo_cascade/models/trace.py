@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.hf_folder import read_header
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import UserError
 
@@ -157,7 +158,13 @@ class TransformersEngine:
             from transformers import NemotronHForCausalLM
         except ImportError as error:
             raise UserError(f"transformers has no NemotronHForCausalLM here ({error}); compare in megatron") from error
-        model, report = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        read_header(folder)  # a missing or truncated file is said in our words
+        try:
+            model, report = NemotronHForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: transformers cannot read it: {str(error).splitlines()[0]}") from error
         wrong = {what: sorted(names)[0] for what, names in report.items() if names and what.endswith("_keys")}
         if wrong:
             raise UserError(f"{folder}: transformers reads it only in part: {wrong}; export the checkpoint again")
