@@ -290,6 +290,30 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_parity(sub: argparse.ArgumentParser) -> None:
+    what = "hf:nano, a Hugging Face folder, a .nemo file or the folder of a finished stage"
+    sub.add_argument("a", metavar="A", help=what)
+    sub.add_argument("b", metavar="B", help="the same; where it is A, B runs in transformers")
+    for side in "ab":
+        sub.add_argument(f"--engine-{side}", choices=("megatron", "transformers"), help=f"what runs {side.upper()}")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="read its paragraphs instead of nano conversations")
+    sub.add_argument("--prompts", type=int, default=16, help="sequences (default 16)")
+    sub.add_argument("--max-tokens", type=int, default=256, help="tokens kept of each (default 256)")
+    sub.add_argument("--seed", type=int, default=0, help="of the conversations (default 0)")
+    sub.add_argument("--tolerance", type=float, default=1e-4, help="of a log-probability, in nat (default 1e-4)")
+    sub.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def parity(options: argparse.Namespace) -> int:
+    """Find the layer where two checkpoints, or two engines on one, begin to differ."""
+    module = importlib.import_module("nemo_cascade.evaluation.parity")
+    prompts = module.Prompts(options.prompts, options.max_tokens, options.seed, options.text)
+    engines = (options.engine_a, options.engine_b)
+    found = module.compare(options.a, options.b, engines, prompts, options.tolerance)
+    print(json.dumps(found.to_json(), indent=1) if options.json else found.table())
+    return 0 if found.parity.agrees else FAILURE
+
+
 def _add_chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="hf:nano, or a Hugging Face folder")
     sub.add_argument("--message", help="one message; without it a conversation on the terminal")
@@ -335,6 +359,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "report": (_cascade, report, "Write the HTML report of a run.", "nemo-cascade report nano"),
     "eval": (_add_eval, evaluate, "Score one checkpoint.", "nemo-cascade eval hf:nano --domains math,mcqa --tasks 16"),
     "convert": (_add_convert, convert, "Convert a checkpoint.", "nemo-cascade convert hf:nano nano.nemo"),
+    "parity": (_add_parity, parity, "Compare two checkpoints layer by layer.", "nemo-cascade parity hf:nano hf:nano"),
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
     "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
 }

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from nemo_cascade.learner import parallel
 from nemo_cascade.models import nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.moe import routers
+from tests.numerics.shaken import shaken
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +26,4 @@ def config() -> NemotronHConfig:
 @pytest.fixture
 def model(config: NemotronHConfig, layout: parallel.ParallelLayout) -> nemotron_h.NemotronH:
     """Nano with weights far from their start, so that a wrong layout or a forgotten norm weight shows."""
-    torch.manual_seed(7)
-    built = nemotron_h.build(config, layout)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.dim() > 1 and parameter.shape[-1] > 4:
-                parameter.mul_(4.0)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        for router in routers(built):
-            router.expert_bias.copy_(0.2 * torch.randn_like(router.expert_bias))
-    return built
+    return shaken(config, layout)
