@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from nemo_cascade.cascade.artifacts import StageFolder
+from nemo_cascade.cascade.bar import Follower, StageBar
 from nemo_cascade.cascade.lock import end_group, hand_over
 from nemo_cascade.config.paths import PACKAGE, conf_dir, explain_os_error
 
@@ -40,10 +41,10 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[str], None]) -> int:
+def run_process(module: str, folder: StageFolder, threads: int, bar: StageBar) -> int:
     """Run `python -m MODULE FOLDER` to its end; returns its exit code (negative: the signal that ended it).
 
-    Its output goes to the stage's log, which cannot block it, and from there to `say`. An interrupt ends the whole
+    Its output goes to the stage's log, which cannot block it, and from there to `bar`. An interrupt ends the whole
     group.
     """
     try:
@@ -51,7 +52,7 @@ def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[s
     except OSError as error:
         raise explain_os_error(error, folder.log) from error
     with log, interruptible():
-        position = log.tell()
+        said = Follower(folder.log, log.tell())
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder.path)],
             stdin=subprocess.DEVNULL,
@@ -62,25 +63,21 @@ def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[s
         )
         try:
             hand_over(folder.lock, process.pid)
-            while process.poll() is None:
-                position = _forward(folder.log, position, say)
-                time.sleep(POLL_SECONDS)
-            _forward(folder.log, position, say)
+            with bar:
+                while process.poll() is None:
+                    _forward(said, bar)
+                    time.sleep(POLL_SECONDS)
+                _forward(said, bar)
         finally:
             end_group(process.pid)
             process.wait()
     return process.returncode
 
 
-def _forward(path: Path, position: int, say: Callable[[str], None]) -> int:
-    """Say the whole lines written since `position`; returns where they end."""
-    with path.open("rb") as file:
-        file.seek(position)
-        new = file.read()
-    whole, newline, _ = new.rpartition(b"\n")
-    for line in whole.decode("utf-8", errors="replace").splitlines() if newline else []:
-        say(line)
-    return position + len(whole) + len(newline)
+def _forward(said: Follower, bar: StageBar) -> None:
+    for line in said.new_lines():
+        bar.hear(line)
+    bar.look()
 
 
 @contextmanager

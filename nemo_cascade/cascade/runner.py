@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from nemo_cascade.cascade import checks, fingerprint, gates, teachers
 from nemo_cascade.cascade.artifacts import read_json, write_json
+from nemo_cascade.cascade.bar import StageBar
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.ledger import Ledger, read_ledger
 from nemo_cascade.cascade.lock import locked
@@ -35,12 +37,16 @@ class StageFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """Which part of a cascade to run, and with what. `module` is the program that runs one stage folder."""
+    """Which part of a cascade to run, and with what.
+
+    `module` is the program that runs one stage folder. `terminal` shows a bar of the running stage if it is one.
+    """
 
     start: str | None = None
     until: str | None = None
     dry_run: bool = False
     module: str = LAUNCH
+    terminal: TextIO | None = None
 
 
 def run(loaded: Loaded, options: Options, say: Say) -> Path:
@@ -128,7 +134,8 @@ class Run:
         folder, started = self.folders[name], time.monotonic()
         folder.failed.unlink(missing_ok=True)
         said_before = folder.log.stat().st_size if folder.log.exists() else 0
-        code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, self.say)
+        bar = StageBar(name, self.plan.stages[name].num_steps, folder.metrics, self.say, self.options.terminal)
+        code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, bar)
         if self.done(name):
             self.say(f"{title}: finished in {time.monotonic() - started:.0f} s")
             return

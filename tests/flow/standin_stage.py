@@ -23,6 +23,7 @@ from nemo_cascade.cascade.lock import locked
 from nemo_cascade.config.paths import write_atomic
 from nemo_cascade.config.schema import StageRun
 from nemo_cascade.config.stage_run import read_stage_run
+from nemo_cascade.observe.progress import ProgressLine
 from nemo_cascade.types import StageResult
 
 LOG = logging.getLogger("standin_stage")
@@ -88,13 +89,18 @@ def run_stage(folder: StageFolder) -> None:
     start = dict(skill)
     if done:
         skill = json.loads((folder.checkpoint(done) / "state.json").read_text())
+    progress = ProgressLine(run.stage, run.config.num_steps)
     for step in range(done, run.config.num_steps):
+        began = time.perf_counter()
         time.sleep(float(os.environ.get("STANDIN_PACE", "0")))
         if run.stage == kill_stage and step == int(kill_step):
             os.kill(os.getpid(), signal.SIGKILL)
         skill = train_step(run, skill)
+        took = time.perf_counter() - began
+        line = {"step": step, "reward": sum(skill.values()) / len(skill), "tokens": 64.0, "seconds/total": took}
         with folder.metrics.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        progress.update(step, took, line)
         if (step + 1) in run.config.keep_steps:
             export(folder.weights(step + 1), skill)
             evaluate(run, skill, folder.evaluation(f"step_{step + 1:06d}"))
