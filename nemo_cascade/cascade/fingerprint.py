@@ -4,10 +4,10 @@ In the key: the stage's own config, seed, model shape, weights' precision, the c
 the Python files of outside domains, the judge where a verifier asks one, and the keys of its init and teacher
 candidates. A changed learning rate changes that stage and what is below it, nothing above or beside.
 
-Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, save interval, output, trackers)
-and the report's evaluation, which can be measured again on finished weights. The code's identity is SCHEMA below and
-the package's version, not a hash of the sources: a comment must not retrain a cascade; who changes an outcome raises
-SCHEMA.
+Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, output, trackers), at which steps
+weights are saved or kept, and the report's evaluation, which can be measured again on finished weights. The code's
+identity is SCHEMA below and the package's version, not a hash of the sources: a comment must not retrain a cascade; who
+changes an outcome raises SCHEMA.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nemo_cascade.types import UserError
 
 SCHEMA = 1
 """Raised by whoever changes what a stage computes from the same config."""
-VOLATILE = ("save_every", "evaluation", "judge", "gates", "init", "rollouts")
+VOLATILE = ("save_every", "keep_steps", "evaluation", "judge", "gates", "init", "rollouts")
 """Fields of a stage that are hashed in another way or not at all."""
 JUDGED = ("preference", "long_context")
 """Domains whose verdict may come from a judge; those of the user's own count as well."""
@@ -131,7 +131,9 @@ def evaluation_key(stage: StageBase) -> str:
     """What a stage's evaluation files were made from; differs when finished weights must be measured again."""
     assert stage.evaluation is not None
     files = [(key, file_sha256(path)) for key, path in data_files(stage) if key.startswith("evaluation.")]
-    return digest({"evaluation": {**dataclasses.asdict(stage.evaluation), "files": []}, "files": files})
+    # A step that is measured too changes nothing about the files that are there.
+    settings = {**dataclasses.asdict(stage.evaluation), "files": [], "steps": []}
+    return digest({"evaluation": settings, "files": files})
 
 
 def digest(content: object) -> str:

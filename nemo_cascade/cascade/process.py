@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,8 @@ from nemo_cascade.cascade.lock import end_group, hand_over
 from nemo_cascade.config.paths import PACKAGE, conf_dir, explain_os_error
 
 POLL_SECONDS = 0.1
+SILENT_S = 600.0
+"""A stage that writes neither log nor metrics for this long is spoken of, and again after each further time."""
 STARTED_BY = "NEMO_CASCADE_STARTED_BY"
 """The id of the process that started a stage or a rank; who finds it gone ends too."""
 LAST_LINES = 200
@@ -45,7 +47,8 @@ def run_process(module: str, folder: StageFolder, threads: int, bar: StageBar) -
     """Run `python -m MODULE FOLDER` to its end; returns its exit code (negative: the signal that ended it).
 
     Its output goes to the stage's log, which cannot block it, and from there to `bar`. An interrupt ends the whole
-    group.
+    group. There is no deadline: what a stage waits for has its own (a rank for the others, a sampler, an environment,
+    a verdict), and evaluating a large model may be silent for an hour. A silent stage is named, and goes on.
     """
     try:
         log = folder.log.open("ab")
@@ -63,15 +66,48 @@ def run_process(module: str, folder: StageFolder, threads: int, bar: StageBar) -
         )
         try:
             hand_over(folder.lock, process.pid)
+            silence = Silence((folder.log, folder.metrics))
             with bar:
                 while process.poll() is None:
                     _forward(said, bar)
+                    if silence.spoken_of():
+                        bar.say(
+                            f"{folder.path.name}: waiting for process {process.pid}, which has been silent for "
+                            f"{silence.seconds():.0f} s; Ctrl-C ends it, and the same command goes on from its newest "
+                            f"checkpoint; its log is {folder.log}"
+                        )
                     time.sleep(POLL_SECONDS)
                 _forward(said, bar)
         finally:
             end_group(process.pid)
             process.wait()
     return process.returncode
+
+
+class Silence:
+    """For how long none of the files has grown."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.sizes = self._sizes()
+        self.since = self.spoken = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last change that was seen."""
+        return time.monotonic() - self.since
+
+    def spoken_of(self) -> bool:
+        """Look; true when the silence has lasted SILENT_S, and SILENT_S more since the last time this was true."""
+        now, sizes = time.monotonic(), self._sizes()
+        if sizes != self.sizes:
+            self.sizes, self.since, self.spoken = sizes, now, now
+        if now - self.spoken < SILENT_S:
+            return False
+        self.spoken = now
+        return True
+
+    def _sizes(self) -> list[int]:
+        return [path.stat().st_size if path.exists() else 0 for path in self.files]
 
 
 def _forward(said: Follower, bar: StageBar) -> None:

@@ -103,16 +103,19 @@ def run_stage(folder: StageFolder) -> None:
         progress.update(step, took, line)
         if (step + 1) in run.config.keep_steps:
             export(folder.weights(step + 1), skill)
-            evaluate(run, skill, folder.evaluation(f"step_{step + 1:06d}"))
         if (step + 1) % run.config.save_every == 0 or step + 1 == run.config.num_steps:
             write_json(folder.checkpoint(step + 1) / "state.json", skill)
         LOG.warning("%s step %d", run.stage, step + 1)
     export(folder.hf, skill)
-    for step in run.config.keep_steps:
-        evaluate(run, load(str(folder.weights(step))), folder.evaluation(f"step_{step:06d}"))
-    evaluate(run, skill, folder.evaluation("final"))
+    measured = {"final": skill}
+    for step in run.config.evaluation.steps:
+        measured[f"step_{step:06d}"] = load(str(folder.weights(step)))
     if run.init_folder is None:
-        evaluate(run, start, folder.evaluation("init"))
+        measured["init"] = start
+    for label, weights in measured.items():
+        if not folder.evaluation(label).exists():
+            LOG.warning("%s measures %s", run.stage, label)
+            evaluate(run, weights, folder.evaluation(label))
     seconds = time.monotonic() - started
     folder.finish(
         StageResult(run.stage, run.kind, run.key, "hf", folder_sha256(folder.hf), run.config.num_steps, seconds)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.flow.small_cascade import write_cascade
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAVY_LINE = "\u2501"  # what rich draws bars with
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -56,9 +57,9 @@ def test_the_runner_shows_a_bar_on_its_terminal(tmp_path: Path) -> None:
     shown = on_a_terminal(*command(tmp_path), 100)
     assert "\x1b[?25l" in shown and "\x1b[?25h" in shown  # the cursor is hidden while the bar moves, and back after
     drawn = [ESCAPE.sub("", line) for line in re.split(r"[\r\n]+", shown)]
-    bars = [line for line in drawn if "━" in line]
+    bars = [line for line in drawn if HEAVY_LINE in line]
     assert all(len(line) <= 100 for line in bars)
-    texts = [re.fullmatch(r"(\w+) +[━╸╺ ]+ +(\d+)/(\d+)  (.*)", line.rstrip()) for line in bars]
+    texts = [re.fullmatch(r"(\w+) +[\u2501\u2578\u257a ]+ +(\d+)/(\d+)  (.*)", line.rstrip()) for line in bars]
     seen = {(found[1], int(found[2]), int(found[3])) for found in texts if found}
     assert all(texts), bars
     # drawn while the stage runs, step after step, and not once at its end
@@ -68,7 +69,7 @@ def test_the_runner_shows_a_bar_on_its_terminal(tmp_path: Path) -> None:
     numbers = [re.fullmatch(r"reward 0\.\d{3}  (\d+) tok/s  \S+ left", text) for text in told]
     assert numbers and all(numbers), told
     assert all(1 <= int(found[1]) <= 320 for found in numbers if found)  # 64 tokens in 0.2 s, longer on a busy machine
-    assert not [line for line in drawn if "left" in line and "━" not in line]  # no plain line beside the bar
+    assert not [line for line in drawn if "left" in line and HEAVY_LINE not in line]  # no plain line beside the bar
     assert any(line.startswith("[2/2] if_rl: finished in") for line in drawn)
 
 
@@ -78,7 +79,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
         words, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout and "━" not in done.stdout
+    assert "\x1b" not in done.stdout and HEAVY_LINE not in done.stdout
     plain = [line for line in done.stdout.splitlines() if line.endswith("left")]
     assert [re.sub(r"\d+(\.\d+)?( tok/s|s left)|0\.\d+", "N", line) for line in plain if " 6/6 " in line] == [
         "if_rl                   6/6  reward N  N  N"

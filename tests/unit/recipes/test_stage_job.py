@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cascade.recipes.stage import DONE, INPUT_MISSING, MISTAKE, SlurmTask, first_host, main
+from nemo_cascade.cascade.plan import make_plan
+from nemo_cascade.cascade.runner import Options, Run
+from nemo_cascade.config.load import load_cascade
+from nemo_cascade.recipes.experiment import unfinished
+from nemo_cascade.recipes.stage import DONE, FAILED, MISTAKE, NOT_YET, SlurmTask, first_host, main
 from tests.flow.small_cascade import write_cascade
 
 FLOW = Path(__file__).resolve().parents[2] / "flow"
@@ -24,7 +28,7 @@ def cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_stage_refuses_until_its_inputs_are_done(cascade: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([cascade, "if_rl", STANDIN]) == INPUT_MISSING
+    assert main([cascade, "if_rl", STANDIN]) == NOT_YET
     assert "its input sft is not done" in capfd.readouterr().err
     assert main([cascade, "sft", STANDIN]) == DONE
     assert main([cascade, "if_rl", STANDIN]) == DONE
@@ -40,6 +44,28 @@ def test_a_failed_stage_and_a_mistake(
     assert "the learner diverged" in capfd.readouterr().err
     assert main([cascade, "stf", STANDIN]) == MISTAKE
     assert "did you mean 'sft'?" in capfd.readouterr().err
+
+
+def test_a_gate_that_says_stop_holds_back_what_is_below(cascade: str, capfd: pytest.CaptureFixture[str]) -> None:
+    small = ("stages=[sft, if_rl, math_rl]", "evaluation.report=8", "stages.if_rl.optimizer.lr=0.01")
+    gate = "stages.if_rl.gates=[{domain: math, min_gain: 0.5, on_fail: %s}]"
+    stop, warn = (*small, gate % "stop"), (*small, gate % "warn")
+    assert main([cascade, "sft", STANDIN, *stop]) == DONE
+    assert main([cascade, "if_rl", STANDIN, *stop]) == FAILED  # it is trained, and its gate stops the cascade
+    assert "gate math: FAILED (stop)" in capfd.readouterr().err
+    assert main([cascade, "math_rl", STANDIN, *stop]) == NOT_YET
+    assert "math_rl: stage if_rl: gate math: FAILED (stop)" in capfd.readouterr().err
+    assert left(cascade, *stop) == ["if_rl", "math_rl"]  # submitting again does not take if_rl for settled
+    assert left(cascade, *warn) == ["math_rl"]
+    assert main([cascade, "math_rl", STANDIN, *warn]) == DONE  # the gate is decided as the config has it now
+    assert main([cascade, "math_rl", STANDIN, *stop]) == NOT_YET  # our own runner stops there too
+    assert left(cascade, *warn) == []
+    assert left(cascade, *warn, "evaluation.report=9") == ["sft", "if_rl", "math_rl"]  # to be measured again
+    assert left(cascade, *warn, "stages.if_rl.evaluation.steps=[2]") == ["if_rl"]
+
+
+def left(cascade: str, *overrides: str) -> list[str]:
+    return unfinished(Run(make_plan(load_cascade(cascade, overrides)), Options(), [].append))
 
 
 def test_slurm_tasks_become_ranks() -> None:
