@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -11,6 +12,31 @@ from megatron.core import parallel_state
 from nemo_cascade.types import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` on the replica's first rank."""
+
+    rank: int
+    replica: int
+    replicas: int
+    leads: bool
+
+
+def where() -> Place:
+    """This process among the ranks that Megatron has arranged."""
+    state = parallel_state
+    leads = state.get_tensor_model_parallel_rank() == 0 and state.get_context_parallel_rank() == 0
+    return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), leads)
+
+
+def share_in_replica(found: T | None) -> T:
+    """The leader's groups for every rank of its replica."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, found, group=group)
+    return next(value for value in values if value is not None)
 
 
 def gathered(value: T, everyone: bool = False) -> list[T]:

@@ -23,7 +23,7 @@ COMMON = (
 )
 
 
-def cascade(folder: Path, name: str, stages: dict[str, str]) -> dict[str, StageFolder]:
+def cascade(folder: Path, name: str, stages: dict[str, str], *overrides: str) -> dict[str, StageFolder]:
     """Run the stages, each given by the keys it has beside the common ones; returns their folders."""
     for stage, keys in stages.items():
         (folder / f"{stage}.yaml").write_text(COMMON + keys)
@@ -31,7 +31,7 @@ def cascade(folder: Path, name: str, stages: dict[str, str]) -> dict[str, StageF
         f"name: {name}\nmodel: nano\nbase: random\nhardware: cpu1\nseed: 5\noutput: {folder / 'runs'}\n"
         f"stages: [{', '.join(stages)}]\nevaluation: {{select: 0, report: 0}}\n"
     )
-    place = run(load_cascade(str(folder / f"{name}.yaml")), Options(), lambda line: None)
+    place = run(load_cascade(str(folder / f"{name}.yaml"), overrides), Options(), lambda line: None)
     return {stage: StageFolder(next(place.glob(f"{stage}-*"))) for stage in stages}
 
 
@@ -91,9 +91,12 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
     replays = {
         "replayed": f"init: base\nnum_steps: 2\nmode: train_only\nrollouts: {runs.on_policy.path}\n",
         "one_step": f"init: base\nnum_steps: 1\nmode: train_only\nrollouts: {runs.sampled.path}\n",
-        "from_folder": f"init: hf:{runs.on_policy.weights(1)}\nnum_steps: 1\nmode: sample_only\n",
     }
-    folders = cascade(runs.root, "second", replays)
+    # No server answers there: who trains on records needs no sampler.
+    nobody = ("hardware.sampler=remote", "hardware.sampler_url=http://127.0.0.1:9", "hardware.refit=files")
+    folders = cascade(runs.root, "second", replays, *nobody)
+    from_folder = f"init: hf:{runs.on_policy.weights(1)}\nnum_steps: 1\nmode: sample_only\n"
+    folders |= cascade(runs.root, "third", {"from_folder": from_folder})
     assert sha256(folders["replayed"]) == sha256(runs.on_policy)
     # The first step's rollouts are the same whoever sampled them, and the optimizer starts anew in every stage.
     at_one = content_sha256(runs.on_policy.weights(1))
