@@ -61,13 +61,11 @@ class Workers:
 
     def result(self, call: Call[T], deadline_s: float) -> T:
         """What the call returned or raised; CallLost when it was given up."""
-        while not call.finished.wait(min(LOOK_S, max(deadline_s / 4, 0.001))):
+        while not call.finished.is_set():
             self._leave_overdue(deadline_s)
-            with self._lock:
-                hopeless = call.began is None and self.lost_in_a_row >= 2 * self.count
-                call.given_up = call.given_up or hopeless
-                if call.given_up:
-                    raise CallLost(f"given up after {deadline_s:g} s")
+            if call.given_up:
+                raise CallLost(f"given up after {deadline_s:g} s")
+            call.finished.wait(min(LOOK_S, max(deadline_s / 4, 0.001)))
         if call.error is not None:
             raise call.error
         return call.value  # type: ignore[return-value]  # None only where T allows it
@@ -78,15 +76,29 @@ class Workers:
             self._waiting.put(None)
 
     def _leave_overdue(self, deadline_s: float) -> None:
-        """Give every overdue call up and replace its thread."""
+        """Give every overdue call up and replace its thread; with too many in a row, those that wait too."""
         with self._lock:
             late = [call for call in self._running if call.overdue(deadline_s)]
+            self.lost_in_a_row += len(late)
+            if late and self.lost_in_a_row >= 2 * self.count:
+                late += self._emptied()
             for call in late:
                 call.given_up = True
-                self._running.discard(call)
-            self.lost_in_a_row += len(late)
-        for _ in late:
+            hung = self._running.intersection(late)
+            self._running -= hung
+        for _ in hung:
             self._start_thread()
+
+    def _emptied(self) -> list[Call]:
+        """The calls that no thread has taken, taken from the queue."""
+        calls: list[Call] = []
+        while True:
+            try:
+                call = self._waiting.get_nowait()
+            except queue.Empty:
+                return calls
+            if call is not None:
+                calls.append(call)
 
     def _start_thread(self) -> None:
         self._started += 1
@@ -95,8 +107,6 @@ class Workers:
     def _work(self) -> None:
         while (call := self._waiting.get()) is not None:
             with self._lock:
-                if call.given_up:
-                    continue
                 call.began = time.monotonic()
                 self._running.add(call)
             try:
