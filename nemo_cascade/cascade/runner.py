@@ -124,7 +124,12 @@ class Run:
 
     def settled(self, name: str) -> bool:
         """Nothing is left to do for the stage, and none of its gates stops the cascade."""
-        return self.complete(name) and all(result.action != "stop" for result in self._verdicts(name))
+        return self.complete(name) and not self.stopped(name)
+
+    def stopped(self, name: str) -> str:
+        """What the gate says that stops the cascade after a finished stage; "" when none does."""
+        sentences = [result.sentence() for result in self._verdicts(name) if result.action == "stop"]
+        return f"stage {name}: {sentences[0]}" if sentences else ""
 
     def bring(self, name: str, title: str) -> None:
         """Run a stage unless it is complete, then let its gates decide."""
@@ -277,9 +282,9 @@ class Run:
         write_json(folder.gates, gates.to_json(results))
         for result in results:
             self.say(f"{name}: {result.sentence()}")
-        stopped = [result for result in results if result.action == "stop"]
+        stopped = self.stopped(name)
         if stopped:
-            raise StageFailed(f"stage {name}: {stopped[0].sentence()}; change the stage or the gate and run again")
+            raise StageFailed(f"{stopped}; change the stage or the gate and run again")
 
     def _verdicts(self, name: str) -> list[gates.GateResult]:
         """What the gates of a finished stage say, as the config has them now."""

@@ -95,9 +95,9 @@ def run_stage(loaded: Loaded, stage: str, module: str, task: SlurmTask) -> int:
     if stage not in plan.graph.order:
         raise UserError(f"stage {stage!r}: not in this cascade{nearest(stage, plan.graph.order)}")
     run = Run(plan, Options(module=module), say)
-    if run.done(stage) and task.rank > 0:
+    if run.complete(stage) and task.rank > 0:
         return DONE
-    obstacle = why_not_yet(run, stage)
+    obstacle = why_not_yet(run, stage, writes=task.rank == 0)
     if obstacle:
         sys.stderr.write(f"{stage}: {obstacle}\n")
         return NOT_YET
@@ -113,20 +113,21 @@ def run_stage(loaded: Loaded, stage: str, module: str, task: SlurmTask) -> int:
     return DONE
 
 
-def why_not_yet(run: Run, stage: str) -> str:
+def why_not_yet(run: Run, stage: str, writes: bool) -> str:
     """Why the stage must not start: an input without its marker, or a gate above it that stops the cascade; else "".
 
-    Gates are decided again, as the config has them now: a stage whose gate was changed need not run again.
+    Gates are decided again, as the config has them now: a stage whose gate was changed need not run again. One task
+    `writes` what they say.
     """
     for parent in run.plan.graph.parents(stage):
         if not run.done(parent):
             return f"its input {parent} is not done ({run.folders[parent].record} is missing)"
     above = run.plan.graph.ancestors(stage)
     for ancestor in (name for name in run.plan.graph.order if name in above):
-        try:
+        if stopped := run.stopped(ancestor):
+            return stopped
+        if writes:
             run.decide(ancestor)
-        except StageFailed as error:
-            return str(error)
     return ""
 
 

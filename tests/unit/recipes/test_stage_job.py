@@ -94,14 +94,16 @@ def test_a_second_task_waits_for_the_first(cascade: str, tmp_path: Path) -> None
     path = os.pathsep.join([str(FLOW.parents[1]), str(FLOW)])
     shared = {**os.environ, "PYTHONPATH": path, "SLURM_JOB_ID": "7", "SLURM_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     command = [sys.executable, "-m", "nemo_cascade.recipes.stage", cascade, "sft", "tests.unit.recipes.rank_standin"]
-    tasks = []
-    for rank in ("1", "0"):
-        env = {**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [task.communicate(timeout=60)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    (folder,) = (tmp_path / "runs" / "small").glob("sft-*")
-    assert sorted(path.name for path in folder.glob("rank-*")) == [
-        "rank-0-of-2-at-localhost",
-        "rank-1-of-2-at-localhost",
-    ]
+    # The second time there is something to measure again, and that needs every rank too.
+    for number, override in enumerate([[], ["evaluation.report=9"]]):
+        tasks = []
+        for rank in ("1", "0"):
+            env = {**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_RESTART_COUNT": str(number)}
+            tasks.append(subprocess.Popen([*command, *override], env=env, stdout=subprocess.PIPE, text=True))
+        outputs = [task.communicate(timeout=200)[0] for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0], outputs
+        (folder,) = (tmp_path / "runs" / "small").glob("sft-*")
+        there = sorted(folder.glob("rank-*"))
+        assert [path.name for path in there] == ["rank-0-of-2-at-localhost", "rank-1-of-2-at-localhost"]
+        for path in there:
+            path.unlink()
