@@ -142,8 +142,9 @@ def run(options: argparse.Namespace) -> int:
     from nemo_cascade.cascade.runner import run as run_cascade
 
     loaded = _loaded(options)
+    chosen = Options(options.start, options.until, options.dry_run, options.module, terminal=sys.stdout)
     try:
-        folder = run_cascade(loaded, Options(options.start, options.until, options.dry_run, options.module), _say)
+        folder = run_cascade(loaded, chosen, _say)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE

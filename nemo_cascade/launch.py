@@ -30,6 +30,7 @@ from nemo_cascade.types import StageResult, UserError
 if TYPE_CHECKING:
     from nemo_cascade.algorithms.kept import Distribution
     from nemo_cascade.data.chat import ChatTokenizer
+    from nemo_cascade.learner.ranks import Place
     from nemo_cascade.protocols import Domain
     from nemo_cascade.reward.judge import Judge
 
@@ -76,16 +77,6 @@ def tell(problem: str) -> int:
     return EXIT_USER_ERROR
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` on the replica's first rank."""
-
-    rank: int
-    replica: int
-    replicas: int
-    leads: bool
-
-
 def run_stage(folder: StageFolder, run: StageRun) -> None:
     """Build the parts, run the loop, export, evaluate, and last of all write the done marker."""
     from nemo_cascade.data.chat import ChatTokenizer
@@ -101,7 +92,7 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
     )  # fmt: skip
     with ExitStack() as stack:
         stack.callback(parallel.stop)
-        place = where()
+        place = ranks.where()
         chat = ChatTokenizer(run.tokenizer)
         learner = build_learner(run, chat)
         stack.callback(learner.finish_saving)  # of a stage that fails, while the ranks' groups still stand
@@ -123,17 +114,6 @@ def seconds_before(folder: StageFolder) -> float:
     """Wall clock of the steps that earlier processes of a killed stage have finished."""
     resumed = folder.newest_checkpoint() or 0
     return sum(line.get("seconds/total", 0.0) for line in read_lines(folder.metrics) if line["step"] < resumed)
-
-
-def where() -> Place:
-    """This process among the ranks that Megatron has arranged."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state as state
-
-    within = (state.get_tensor_model_parallel_rank(), state.get_pipeline_model_parallel_rank(),
-              state.get_context_parallel_rank())  # fmt: skip
-    leads = not any(within)
-    return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), leads)
 
 
 def build_learner(run: StageRun, chat: ChatTokenizer):
@@ -293,9 +273,13 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     record,
     checkpoints,
 ) -> None:
-    """Build the task stream, the sampler and the refit, and run grpo or mopd."""
+    """Build the task stream, the sampler and the refit, and run grpo or mopd. Recorded rollouts need neither of the
+    latter.
+    """
     from nemo_cascade.data.tasks import PromptLimit, task_stream
+    from nemo_cascade.learner import ranks
     from nemo_cascade.observe.first_step import FirstStep
+    from nemo_cascade.refit.nowhere import NoRefit
     from nemo_cascade.rollout.collect import Collector
     from nemo_cascade.rollout.source import RecordedRollouts, SampledRollouts
     from nemo_cascade.stages import grpo, mopd
@@ -306,12 +290,13 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     record.first_step = FirstStep.of(config, run.hardware)
     record.rollouts_every = 1 if config.mode == "sample_only" else config.record_every
     tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
-    sampler, refit = build_sampler(run), build_refit(run, folder)
     with ExitStack() as stack:
-        stack.callback(sampler.close)
         if config.mode == "train_only":
+            sampler, refit = None, NoRefit()
             source = RecordedRollouts(Path(config.rollouts), place.replica, place.replicas)
         else:
+            sampler, refit = build_sampler(run), build_refit(run, folder)
+            stack.callback(sampler.close)
             collector = None
             if place.leads:
                 collector = Collector(
@@ -319,7 +304,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
                 )
                 collector.timer = record.timer
                 stack.callback(collector.close)
-            share = None if place.replicas == run.hardware.world_size else share_in_replica
+            share = None if place.replicas == run.hardware.world_size else ranks.share_in_replica
             source = SampledRollouts(
                 collector, config.prompts_per_step // place.replicas, config.group_size, run.seed, share
             )
@@ -332,17 +317,6 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     if limit.dropped:
         dropped = ", ".join(f"{number} of {domain}" for domain, number in sorted(limit.dropped.items()))
         LOG.info("%s: prompts over sampling.max_prompt_tokens were dropped: %s", run.stage, dropped)
-
-
-def share_in_replica(found):
-    """The leader's groups for every rank of its replica."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state as state
-
-    group = state.get_tensor_model_parallel_group()
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, found, group=group)
-    return next(value for value in values if value is not None)
 
 
 def evaluate(

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 class Episode(Protocol):
-    """The environment's side of one rollout. Single-turn domains use `SingleTurn` of `domains/__init__.py`."""
+    """The environment's side of one rollout. Single-turn domains use `SingleTurn` of `domains/__init__.py`.
+
+    One that does not begin or answer within a deadline loses its rollout (Invalid); `close` may then come while `reply`
+    still runs, and is what can end it.
+    """
 
     def reply(self, message: Message) -> tuple[Message, ...] | None:
         """Answer an assistant turn with tool or user turns, or None when the rollout is finished."""

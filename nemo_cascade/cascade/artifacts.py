@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,14 @@ class StageFolder:
         """The step from which training would go on."""
         steps = [int(match[1]) for path in self.checkpoints.glob("step_*") if (match := STEP.fullmatch(path.name))]
         return max(steps, default=None)
+
+    def forget_checkpoints(self) -> None:
+        """Let the stage train from its start. Renamed first: half a checkpoint must not be taken for a whole one."""
+        aside = self.path / ".checkpoints.removed"
+        shutil.rmtree(aside, ignore_errors=True)
+        if self.checkpoints.is_dir():
+            self.checkpoints.rename(aside)
+            shutil.rmtree(aside)
 
     def is_done(self, key: str) -> bool:
         """True when the stage finished under exactly this key."""

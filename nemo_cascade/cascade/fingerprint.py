@@ -4,10 +4,10 @@ In the key: the stage's own config, seed, model shape, weights' precision, the c
 the Python files of outside domains, the judges that its verifiers ask, and the keys of its init and teacher
 candidates. A changed learning rate changes that stage and what is below it, nothing above or beside.
 
-Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, save interval, output, trackers)
-and the report's evaluation, which can be measured again on finished weights. The code's identity is SCHEMA below and
-the package's version, not a hash of the sources: a comment must not retrain a cascade; who changes an outcome raises
-SCHEMA.
+Not in the key: where and how fast it runs (ranks, layout, samplers, reward workers, output, trackers), at which steps
+weights are saved or kept, and the report's evaluation, which can be measured again on finished weights. The code's
+identity is SCHEMA below and the package's version, not a hash of the sources: a comment must not retrain a cascade; who
+changes an outcome raises SCHEMA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nemo_cascade.types import UserError
 
 SCHEMA = 1
 """Raised by whoever changes what a stage computes from the same config."""
-VOLATILE = ("save_every", "evaluation", "judge", "equivalence_judge", "gates", "init", "rollouts")
+VOLATILE = ("save_every", "keep_steps", "evaluation", "judge", "equivalence_judge", "gates", "init", "rollouts")
 """Fields of a stage that are hashed in another way or not at all."""
 NOT_THE_JUDGE = ("serve", "url", "timeout_s", "retries")
 """Keys of a judge that say where it is and how long to wait; the others, and a served checkpoint, are its identity."""
@@ -133,7 +133,9 @@ def evaluation_key(stage: StageBase) -> str:
     """What a stage's evaluation files were made from; differs when finished weights must be measured again."""
     assert stage.evaluation is not None
     files = [(key, file_sha256(path)) for key, path in data_files(stage) if key.startswith("evaluation.")]
-    content = {"evaluation": {**dataclasses.asdict(stage.evaluation), "files": []}, "files": files}
+    # A step that is measured too changes nothing about the files that are there.
+    settings = {**dataclasses.asdict(stage.evaluation), "files": [], "steps": []}
+    content = {"evaluation": settings, "files": files}
     return digest({**content, **_judge_identities(stage, judges.asked_in_evaluation(stage.evaluation))})
 
 

@@ -69,9 +69,10 @@ class Graph:
         """Everything that waits for `name`, directly or not."""
         return {other for other in self.order if name in self.ancestors(other)}
 
-    def kept_steps(self, name: str) -> list[int]:
-        """Steps of `name` that another stage starts or learns from."""
-        edges = [*self.sources.values(), *(edge for teaching in self.teaching.values() for edge in teaching.all)]
+    def kept_steps(self, name: str, below: str | None = None) -> list[int]:
+        """Steps of `name` that another stage (only `below` when given) starts or learns from."""
+        stages = self.order if below is None else (below,)
+        edges = [edge for stage in stages for edge in (self.sources[stage], *self.teaching[stage].all)]
         return sorted({edge.step for edge in edges if edge.stage == name and edge.step is not None})
 
 

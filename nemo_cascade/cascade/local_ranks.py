@@ -65,7 +65,11 @@ def start_ranks(folder: Path, hardware: HardwareConfig) -> int:
 
 
 def wait_for(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """The first non-zero exit status, or 0 when all ranks are done."""
+    """The first non-zero exit status, or 0 when all ranks are done.
+
+    A rank that hangs is ended by the others: their next exchange with it has a deadline, and the first failure ends
+    all.
+    """
     while True:
         codes = [process.poll() for process in ranks]
         failed = next((code for code in codes if code), None)

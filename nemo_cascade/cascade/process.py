@@ -9,16 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from nemo_cascade.cascade.artifacts import StageFolder
+from nemo_cascade.cascade.bar import Follower, StageBar
 from nemo_cascade.cascade.lock import end_group, hand_over
 from nemo_cascade.config.paths import PACKAGE, conf_dir, explain_os_error
 
 POLL_SECONDS = 0.1
+SILENT_S = 600.0
+"""A stage that writes neither log nor metrics for this long is spoken of, and again after each further time."""
 STARTED_BY = "NEMO_CASCADE_STARTED_BY"
 """The id of the process that started a stage or a rank; who finds it gone ends too."""
 LAST_LINES = 200
@@ -40,18 +43,19 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[str], None]) -> int:
+def run_process(module: str, folder: StageFolder, threads: int, bar: StageBar) -> int:
     """Run `python -m MODULE FOLDER` to its end; returns its exit code (negative: the signal that ended it).
 
-    Its output goes to the stage's log, which cannot block it, and from there to `say`. An interrupt ends the whole
-    group.
+    Its output goes to the stage's log, which cannot block it, and from there to `bar`. An interrupt ends the whole
+    group. There is no deadline: what a stage waits for has its own (a rank for the others, a sampler, an environment,
+    a verdict), and evaluating a large model may be silent for an hour. A silent stage is named, and goes on.
     """
     try:
         log = folder.log.open("ab")
     except OSError as error:
         raise explain_os_error(error, folder.log) from error
     with log, interruptible():
-        position = log.tell()
+        said = Follower(folder.log, log.tell())
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder.path)],
             stdin=subprocess.DEVNULL,
@@ -62,25 +66,54 @@ def run_process(module: str, folder: StageFolder, threads: int, say: Callable[[s
         )
         try:
             hand_over(folder.lock, process.pid)
-            while process.poll() is None:
-                position = _forward(folder.log, position, say)
-                time.sleep(POLL_SECONDS)
-            _forward(folder.log, position, say)
+            silence = Silence((folder.log, folder.metrics))
+            with bar:
+                while process.poll() is None:
+                    _forward(said, bar)
+                    if silence.spoken_of():
+                        bar.say(
+                            f"{folder.path.name}: waiting for process {process.pid}, which has been silent for "
+                            f"{silence.seconds():.0f} s; Ctrl-C ends it, and the same command goes on from its newest "
+                            f"checkpoint; its log is {folder.log}"
+                        )
+                    time.sleep(POLL_SECONDS)
+                _forward(said, bar)
         finally:
             end_group(process.pid)
             process.wait()
     return process.returncode
 
 
-def _forward(path: Path, position: int, say: Callable[[str], None]) -> int:
-    """Say the whole lines written since `position`; returns where they end."""
-    with path.open("rb") as file:
-        file.seek(position)
-        new = file.read()
-    whole, newline, _ = new.rpartition(b"\n")
-    for line in whole.decode("utf-8", errors="replace").splitlines() if newline else []:
-        say(line)
-    return position + len(whole) + len(newline)
+class Silence:
+    """For how long none of the files has grown."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.sizes = self._sizes()
+        self.since = self.spoken = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last change that was seen."""
+        return time.monotonic() - self.since
+
+    def spoken_of(self) -> bool:
+        """Look; true when the silence has lasted SILENT_S, and SILENT_S more since the last time this was true."""
+        now, sizes = time.monotonic(), self._sizes()
+        if sizes != self.sizes:
+            self.sizes, self.since, self.spoken = sizes, now, now
+        if now - self.spoken < SILENT_S:
+            return False
+        self.spoken = now
+        return True
+
+    def _sizes(self) -> list[int]:
+        return [path.stat().st_size if path.exists() else 0 for path in self.files]
+
+
+def _forward(said: Follower, bar: StageBar) -> None:
+    for line in said.new_lines():
+        bar.hear(line)
+    bar.look()
 
 
 @contextmanager

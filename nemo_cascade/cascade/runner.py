@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from nemo_cascade.cascade import checks, fingerprint, gates, teachers
 from nemo_cascade.cascade.artifacts import read_json, write_json
+from nemo_cascade.cascade.bar import StageBar
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.ledger import Ledger, read_ledger
 from nemo_cascade.cascade.lock import locked
@@ -20,7 +22,7 @@ from nemo_cascade.cascade.manifest import Manifest, from_plan, write_manifest
 from nemo_cascade.cascade.plan import Plan, make_plan
 from nemo_cascade.cascade.process import last_error, run_process
 from nemo_cascade.config.load import Loaded
-from nemo_cascade.config.schema import MopdConfig, StageRun
+from nemo_cascade.config.schema import MopdConfig, StageBase, StageRun
 from nemo_cascade.config.stage_run import write_stage_run
 from nemo_cascade.config.strict import nearest
 from nemo_cascade.types import UserError
@@ -35,12 +37,16 @@ class StageFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """Which part of a cascade to run, and with what. `module` is the program that runs one stage folder."""
+    """Which part of a cascade to run, and with what.
+
+    `module` is the program that runs one stage folder. `terminal` shows a bar of the running stage if it is one.
+    """
 
     start: str | None = None
     until: str | None = None
     dry_run: bool = False
     module: str = LAUNCH
+    terminal: TextIO | None = None
 
 
 def run(loaded: Loaded, options: Options, say: Say) -> Path:
@@ -83,10 +89,11 @@ class Run:
         if self.options.start is not None:
             names &= {self.options.start, *graph.descendants(self.options.start)}
             needed = {parent for name in names for parent in graph.ancestors(name)} - names
-            for name in (name for name in order if name in needed and not self.done(name)):
-                raise UserError(
-                    f"--from {self.options.start}: {name} is not done yet; run without --from, or from {name}"
-                )
+            for name in (name for name in order if name in needed):
+                unmade = self._unmade(name) if self.done(name) else []
+                if unmade or not self.done(name):
+                    lacks = f"did not keep the weights of {_steps(unmade)}" if unmade else "is not done yet"
+                    raise UserError(f"--from {self.options.start}: {name} {lacks}; run without --from, or from {name}")
         return [name for name in order if name in names]
 
     def done(self, name: str) -> bool:
@@ -102,21 +109,40 @@ class Run:
 
     def outlook(self, name: str) -> str:
         """What `run` would do with a stage."""
-        folder = self.folders[name]
+        folder, steps = self.folders[name], self.plan.stages[name].num_steps
+        unmade = self._unmade(name)
+        if unmade:
+            return f"would train its {steps} steps again: the weights of {_steps(unmade)} were not kept"
         if self.done(name):
             return "done" if self._measured(name) else "done, would be evaluated again (the evaluation changed)"
         step = folder.newest_checkpoint()
         if step is not None:
-            return f"would go on from step {step} of {self.plan.stages[name].num_steps}"
-        return f"would run {self.plan.stages[name].num_steps} steps in {folder.path}"
+            return f"would go on from step {step} of {steps}"
+        return f"would run {steps} steps in {folder.path}"
+
+    def complete(self, name: str) -> bool:
+        """The stage is done, measured as the config says, and has the weights that others need of it."""
+        return self.done(name) and self._measured(name) and not self._unmade(name)
+
+    def settled(self, name: str) -> bool:
+        """Nothing is left to do for the stage, and none of its gates stops the cascade."""
+        return self.complete(name) and not self.stopped(name)
+
+    def stopped(self, name: str) -> str:
+        """What the gate says that stops the cascade after a finished stage; "" when none does."""
+        sentences = [result.sentence() for result in self._verdicts(name) if result.action == "stop"]
+        return f"stage {name}: {sentences[0]}" if sentences else ""
 
     def bring(self, name: str, title: str) -> None:
-        """Run a stage unless it is done, then let its gates decide."""
+        """Run a stage unless it is complete, then let its gates decide."""
         folder, stage = self.folders[name], self.plan.stages[name]
-        if self.done(name) and self._measured(name):
+        if self.complete(name):
             self.say(f"{title}: done ({self.keys[name][:8]})")
         else:
             with locked(folder.lock):
+                earlier, unmade = folder.result(), self._unmade(name)
+                if unmade:
+                    self.say(f"{title}: the weights of {_steps(unmade)} are needed and were not kept: it trains again")
                 self.prepare(name)
                 source = self.source(name)
                 origin = {"hf": str(source.folder), "random": "random weights"}.get(source.kind, source.checkpoint)
@@ -124,13 +150,20 @@ class Run:
                 at = f", on from step {resumed}" if resumed is not None else ""
                 self.say(f"{title}: {stage.kind} from {origin}, {stage.num_steps} steps{at}")
                 self._launch(name, title)
-        self._decide(name)
+                now = folder.result()
+                if earlier is not None and now is not None and earlier.sha256 != now.sha256:
+                    self.say(
+                        f"{title}: its weights are not bit for bit those of its first run, from which finished stages "
+                        "started; delete their folders to train them again"
+                    )
+        self.decide(name)
 
     def _launch(self, name: str, title: str) -> None:
         folder, started = self.folders[name], time.monotonic()
         folder.failed.unlink(missing_ok=True)
         said_before = folder.log.stat().st_size if folder.log.exists() else 0
-        code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, self.say)
+        bar = StageBar(name, self.plan.stages[name].num_steps, folder.metrics, self.say, self.options.terminal)
+        code = run_process(self.options.module, folder, self.plan.loaded.hardware.threads_per_rank, bar)
         if self.done(name):
             self.say(f"{title}: finished in {time.monotonic() - started:.0f} s")
             return
@@ -139,16 +172,50 @@ class Run:
         raise StageFailed(f"stage {name} failed (exit code {code}): {cause}; the whole log is {folder.log}")
 
     def _measured(self, name: str) -> bool:
-        """The evaluation files of a finished stage were made as the config now says."""
+        """The evaluation files of a finished stage are there, made as the config now says."""
+        return self._same_evaluation(name) and not any(
+            not self.folders[name].evaluation(label).is_file() for label in _labels(self.plan.stages[name])
+        )
+
+    def _same_evaluation(self, name: str) -> bool:
         content = read_json(self.folders[name].evaluation_key)
         return content is not None and content["key"] == fingerprint.evaluation_key(self.plan.stages[name])
 
+    def _unmade(self, name: str) -> list[int]:
+        """Steps that the stage has passed without keeping weights that are needed now.
+
+        While it trains, all of `keep_steps` are needed. Once it is trained, only those that a stage which is not done
+        starts or learns from, and those still to be measured: who frees space keeps what is done.
+        """
+        folder, stage, graph = self.folders[name], self.plan.stages[name], self.plan.graph
+        assert stage.evaluation is not None
+        newest = folder.newest_checkpoint() or 0
+        needed = set(stage.keep_steps)
+        if self.done(name) or newest == stage.num_steps:
+            newest = stage.num_steps
+            needed = {step for below in graph.order if not self.done(below) for step in graph.kept_steps(name, below)}
+            if _labels(stage):
+                known = self._same_evaluation(name)
+                paths = {step: folder.evaluation(_label(step)) for step in stage.evaluation.steps}
+                needed |= {step for step, path in paths.items() if not (known and path.is_file())}
+        return sorted(
+            step for step in needed if step <= newest and not (folder.weights(step) / "config.json").is_file()
+        )
+
     def prepare(self, name: str) -> None:
-        """Write what launch needs. Of a finished stage whose evaluation changed only the evaluation is done again."""
+        """Write what launch needs.
+
+        Of a finished stage only the evaluation is done again where that changed, and all of it where weights are
+        needed that it did not keep: nothing of it is in the key, so what was trained from the stage stays done.
+        """
         folder, stage = self.folders[name], self.plan.stages[name]
-        if not self._measured(name):
+        if not self.complete(name):
+            unmade = self._unmade(name)
             folder.record.unlink(missing_ok=True)
-            shutil.rmtree(folder.evaluation("final").parent, ignore_errors=True)
+            if unmade:
+                folder.forget_checkpoints()
+            if unmade or not self._same_evaluation(name):
+                shutil.rmtree(folder.evaluation("final").parent, ignore_errors=True)
         write_json(folder.evaluation_key, {"key": fingerprint.evaluation_key(stage)})
         write_stage_run(self.stage_run(name), folder.path)
 
@@ -186,7 +253,8 @@ class Run:
         folder = self.folders[source.stage].weights(source.step)
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{folder}: the weights of {source.checkpoint} are gone; delete {folder.parent} and run again"
+                f"{folder}: the weights of {source.checkpoint} are gone; delete "
+                f"{self.folders[source.stage].path} and run again"
             )
         return folder
 
@@ -206,17 +274,40 @@ class Run:
         """The scores of every stage that is done."""
         return read_ledger({name: self.folders[name] for name in self.plan.graph.order if self.done(name)})
 
-    def _decide(self, name: str) -> None:
+    def decide(self, name: str) -> None:
         """Evaluate the gates of a finished stage; a failed one warns, stops the run or sends the children back."""
-        folder, stage = self.folders[name], self.plan.stages[name]
-        if not stage.gates:
+        folder = self.folders[name]
+        results = self._verdicts(name)
+        if not results:
             folder.gates.unlink(missing_ok=True)
             return
-        start = gates.reference_of(name, self.source(name))
-        results = gates.evaluate(name, stage, start, self.ledger())
         write_json(folder.gates, gates.to_json(results))
         for result in results:
             self.say(f"{name}: {result.sentence()}")
-        stopped = [result for result in results if result.action == "stop"]
+        stopped = self.stopped(name)
         if stopped:
-            raise StageFailed(f"stage {name}: {stopped[0].sentence()}; change the stage or the gate and run again")
+            raise StageFailed(f"{stopped}; change the stage or the gate and run again")
+
+    def _verdicts(self, name: str) -> list[gates.GateResult]:
+        """What the gates of a finished stage say, as the config has them now."""
+        stage = self.plan.stages[name]
+        if not stage.gates:
+            return []
+        return gates.evaluate(name, stage, gates.reference_of(name, self.source(name)), self.ledger())
+
+
+def _steps(steps: list[int]) -> str:
+    return ("step " if len(steps) == 1 else "steps ") + ", ".join(map(str, steps))
+
+
+def _label(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _labels(stage: StageBase) -> list[str]:
+    """The evaluation files that a stage leaves; none where nothing is measured."""
+    measure = stage.evaluation
+    assert measure is not None
+    if measure.select + measure.report == 0:
+        return []
+    return ["final", *map(_label, measure.steps)]

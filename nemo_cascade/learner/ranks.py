@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -11,6 +12,40 @@ from megatron.core import parallel_state
 from nemo_cascade.types import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this process is: `replica` of `replicas` data-parallel copies; `leads` on the replica's first rank."""
+
+    rank: int
+    replica: int
+    replicas: int
+    leads: bool
+
+
+def where() -> Place:
+    """This process among the ranks that Megatron has arranged."""
+    state = parallel_state
+    within = (
+        state.get_tensor_model_parallel_rank(),
+        state.get_context_parallel_rank(),
+        state.get_pipeline_model_parallel_rank(),
+    )
+    return Place(dist.get_rank(), state.get_data_parallel_rank(), state.get_data_parallel_world_size(), not any(within))
+
+
+def share_in_replica(found: T | None) -> T:
+    """The leader's groups for every rank of its replica: along its tensor ranks, then context, then pipeline."""
+    state = parallel_state
+    for group in (
+        state.get_tensor_model_parallel_group(),
+        state.get_context_parallel_group(),
+        state.get_pipeline_model_parallel_group(),
+    ):
+        found = next((value for value in gathered(found, group=group) if value is not None), None)
+    assert found is not None, "the replica's leader has collected nothing"
+    return found
 
 
 def gathered(value: T, everyone: bool = False, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import deque
@@ -13,6 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY_S = 5.0
 WINDOW = 10  # steps over which speed and time left are averaged
+PLAIN_LINE = re.compile(r"\S.{19,} +\d+/\d+  .*\bleft")
+
+
+def is_plain_line(line: str) -> bool:
+    """Whether a line of a log is one of those that stand for the bar."""
+    return PLAIN_LINE.fullmatch(line) is not None
 
 
 class ProgressLine:
@@ -31,9 +38,11 @@ class ProgressLine:
         if not self.stream.isatty():
             return
         columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}"))
-        self.bar = Progress(*columns, console=Console(file=self.stream), transient=False)
+        self.bar = Progress(*columns, console=Console(file=self.stream), expand=True, transient=False)
         self.bar.start()
-        self.task = self.bar.add_task(self.stage, total=self.num_steps, completed=step, text="")
+        self.task = self.bar.add_task(
+            self.stage, total=self.num_steps, completed=step, text=f"{step:>4}/{self.num_steps}  starting"
+        )
 
     def update(self, step: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """Show that `step` (counted from 0) is done."""

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_cascade.cascade.fingerprint import keys
-from nemo_cascade.cascade.manifest import Manifest, from_plan, write_manifest
+from nemo_cascade.cascade.manifest import write_manifest
 from nemo_cascade.cascade.plan import Plan, make_plan
-from nemo_cascade.cascade.runner import LAUNCH
+from nemo_cascade.cascade.runner import LAUNCH, Options, Run
 from nemo_cascade.config.load import load_cascade
 from nemo_cascade.recipes.executors import ExecutorConfig, build_executor, load_executor
+from nemo_cascade.recipes.stage import say
 from nemo_cascade.types import UserError
 
 FAILED, MISTAKE = 1, 2
@@ -33,9 +33,11 @@ class Recipe:
     module: str = LAUNCH  # the program that runs one stage folder
 
 
-def unfinished(manifest: Manifest) -> list[str]:
-    """Stages without the marker of their present key, in the order they run."""
-    return [entry.name for entry in manifest.stages if not manifest.folders[entry.name].is_done(entry.key)]
+def unfinished(run: Run) -> list[str]:
+    """Stages with something left to do, in the order they run: no marker of their present key, an evaluation that
+    changed, weights that another stage needs and they did not keep, or a gate that says stop.
+    """
+    return [name for name in run.plan.graph.order if not run.settled(name)]
 
 
 def submit(recipe: Recipe) -> int:
@@ -43,18 +45,18 @@ def submit(recipe: Recipe) -> int:
     executor = load_executor(recipe.executor)
     plan = make_plan(load_cascade(recipe.cascade, recipe.overrides))
     plan.refuse_missing()
-    manifest = from_plan(plan, keys(plan))
-    waiting = unfinished(manifest)
+    run = Run(plan, Options(module=recipe.module), say)
+    name, waiting = run.manifest.cascade, unfinished(run)
     if not waiting:
-        sys.stdout.write(f"{manifest.cascade}: all {len(manifest.stages)} stages are done\n")
+        sys.stdout.write(f"{name}: all {len(run.folders)} stages are done\n")
         return 0
-    write_manifest(manifest)
+    write_manifest(run.manifest)
     run_experiment(recipe, plan, executor, waiting)
     if recipe.dry_run or recipe.detach:
         return 0
-    left = unfinished(manifest)
+    left = unfinished(run)
     if left:
-        sys.stderr.write(f"error: {manifest.cascade}: not done: {', '.join(left)}; submit again to go on\n")
+        sys.stderr.write(f"error: {name}: not done: {', '.join(left)}; submit again to go on\n")
     return FAILED if left else 0
 
 

@@ -1,8 +1,8 @@
 """The body of a stage's job: `python -m nemo_cascade.recipes.stage CASCADE STAGE MODULE [KEY=VALUE ...]`.
 
-It guards itself, because schedulers start jobs whose parents failed: exit 75 when an input lacks its marker, 0 when
-the stage is done (also when it was done before), 1 when it failed, 2 on a mistake in the configuration. Teachers are
-chosen here, when the stage starts, from the ledger as it is then.
+It guards itself, because schedulers start jobs whose parents failed: exit 75 when an input lacks its marker or a gate
+above says stop, 0 when the stage is done (also when it was done before), 1 when it failed or its own gate says stop, 2
+on a mistake in the configuration. Teachers are chosen here, when the stage starts, from the ledger as it is then.
 
 As one task the stage starts its own ranks. As a task among several (Slurm, several nodes) each task is a rank: task 0
 prepares the stage folder, the others wait for it with a deadline.
@@ -25,7 +25,7 @@ from nemo_cascade.config.load import Loaded, load_cascade
 from nemo_cascade.config.strict import nearest
 from nemo_cascade.types import UserError
 
-DONE, FAILED, MISTAKE, INPUT_MISSING = 0, 1, 2, 75
+DONE, FAILED, MISTAKE, NOT_YET = 0, 1, 2, 75
 PREPARE_DEADLINE_S = 600.0
 POLL_S = 0.5
 PORT_BASE, PORTS = 20000, 20000
@@ -95,12 +95,12 @@ def run_stage(loaded: Loaded, stage: str, module: str, task: SlurmTask) -> int:
     if stage not in plan.graph.order:
         raise UserError(f"stage {stage!r}: not in this cascade{nearest(stage, plan.graph.order)}")
     run = Run(plan, Options(module=module), say)
-    if run.done(stage) and task.rank > 0:
+    if run.complete(stage) and task.rank > 0:
         return DONE
-    for parent in plan.graph.parents(stage):
-        if not run.done(parent):
-            sys.stderr.write(f"{stage}: its input {parent} is not done ({run.folders[parent].record} is missing)\n")
-            return INPUT_MISSING
+    obstacle = why_not_yet(run, stage, writes=task.rank == 0)
+    if obstacle:
+        sys.stderr.write(f"{stage}: {obstacle}\n")
+        return NOT_YET
     folder = run.folders[stage]
     ready = folder.path / f".ready-{task.job}"
     if task.rank > 0:
@@ -111,6 +111,24 @@ def run_stage(loaded: Loaded, stage: str, module: str, task: SlurmTask) -> int:
         ready.touch()
     run.bring(stage, stage)
     return DONE
+
+
+def why_not_yet(run: Run, stage: str, writes: bool) -> str:
+    """Why the stage must not start: an input without its marker, or a gate above it that stops the cascade; else "".
+
+    Gates are decided again, as the config has them now: a stage whose gate was changed need not run again. One task
+    `writes` what they say.
+    """
+    for parent in run.plan.graph.parents(stage):
+        if not run.done(parent):
+            return f"its input {parent} is not done ({run.folders[parent].record} is missing)"
+    above = run.plan.graph.ancestors(stage)
+    for ancestor in (name for name in run.plan.graph.order if name in above):
+        if stopped := run.stopped(ancestor):
+            return stopped
+        if writes:
+            run.decide(ancestor)
+    return ""
 
 
 def follow(command: Sequence[str], ready: Path, task: SlurmTask, threads: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,8 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 5.0
 MAX_ANSWER_BYTES = 8 << 20
+GONE_AFTER = 8
+"""A judge that left this many questions in a row without an answer, and answered none for `timeout_s`, is gone."""
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _VERDICT = re.compile(r"\b(INCORRECT|CORRECT)\b")
 
@@ -27,6 +30,9 @@ _VERDICT = re.compile(r"\b(INCORRECT|CORRECT)\b")
 class Judge:
     """One judge model at one address. Safe to share between threads; `timeout_s` bounds a question with all its
     retries.
+
+    A judge that is gone is not asked for `timeout_s` (every question is Invalid at once), then again: a stage notices
+    it after about one timeout, not after one for every question and retry of a group.
     """
 
     def __init__(self, url: str, model: str, timeout_s: float = 300.0, retries: int = 3, api_key: str = "") -> None:
@@ -36,7 +42,8 @@ class Judge:
             raise UserError(f"judge url {url!r} must start with http:// or https://, as in http://localhost:8000/v1")
         base = url.rstrip("/").removesuffix("/v1")
         self._endpoint, self._model = f"{base}/v1/chat/completions", model
-        self._timeout_s, self._retries = timeout_s, retries
+        self.timeout_s, self._retries = timeout_s, retries
+        self._health = _Health(timeout_s)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.Client(headers=headers, limits=limits, trust_env=False)
@@ -64,12 +71,21 @@ class Judge:
             "temperature": temperature,
             "top_p": top_p,
         }
-        deadline = time.monotonic() + self._timeout_s
+        silent_s = self._health.gone()
+        if silent_s:
+            return Invalid(
+                f"judge {self._model} at {self._endpoint} is gone: it answered none of its last {self._health.failed} "
+                f"questions in {silent_s:.3g} s; it is asked again after {self.timeout_s:g} s"
+            )
+        deadline = time.monotonic() + self.timeout_s
         problem, attempts = "it was never reached", self._retries + 1
         for attempt in range(attempts):
             try:
-                return self._once(body, deadline)
+                answer = self._once(body, deadline)
+                self._health.answered()
+                return answer
             except _Refused as error:
+                self._health.answered()
                 return Invalid(f"judge {self._model} at {self._endpoint}: {error}")
             except (httpx.HTTPError, ValueError) as error:
                 problem = str(error) or type(error).__name__
@@ -79,8 +95,9 @@ class Judge:
                 break
             log.warning("judge %s at %s: %s; trying again, %.0f s left", self._model, self._endpoint, problem, left)
             time.sleep(pause)
+        self._health.left_unanswered()
         return Invalid(
-            f"judge {self._model} at {self._endpoint} gave no answer within {self._timeout_s:g} s: {problem}"
+            f"judge {self._model} at {self._endpoint} gave no answer within {self.timeout_s:g} s: {problem}"
         )
 
     def _once(self, body: Mapping[str, Json], deadline: float) -> str:
@@ -104,6 +121,41 @@ class Judge:
             retried = response.status_code >= 500 or response.status_code in RETRIED_STATUSES
             raise ValueError(message) if retried else _Refused(message)
         return _THINKING.sub("", _content(text)).strip()
+
+
+class _Health:
+    """Whether a judge still answers, from what all threads saw of it."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self.failed = 0
+        self._lock = threading.Lock()
+        self._silent_since: float | None = None  # when the first question after the last answer was asked
+        self._asked_again_at = 0.0
+
+    def gone(self) -> float:
+        """For how many seconds a judge that is gone has been silent; 0 when it may be asked. Called at every
+        question.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._silent_since is None:
+                self._silent_since = now
+            return now - self._silent_since if now < self._asked_again_at else 0.0
+
+    def answered(self) -> None:
+        """It said something, be it a refusal."""
+        with self._lock:
+            self.failed, self._silent_since, self._asked_again_at = 0, None, 0.0
+
+    def left_unanswered(self) -> None:
+        """A question with all its retries got no answer."""
+        now = time.monotonic()
+        with self._lock:
+            self.failed += 1
+            silent = self._silent_since is not None and now - self._silent_since >= self.patience_s
+            if self.failed >= GONE_AFTER and silent and now >= self._asked_again_at:
+                self._asked_again_at = now + self.patience_s
 
 
 class TimeoutAnswer(ValueError):

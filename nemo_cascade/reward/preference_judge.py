@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from nemo_cascade.config.schema import JudgeConfig
 from nemo_cascade.reward.genrm import Answer, GenRMOptions, grade_group
@@ -51,6 +52,9 @@ class PreferenceJudge:
         return grade_group(judge, turns, answers, options, principle)
 
 
+GRACE_S = 10.0  # over the judge's own deadline, for a busy machine
+
+
 class _Remembering(Judge):
     """A judge that asks an equal greedy question once. Lives as long as one group."""
 
@@ -72,5 +76,9 @@ class _Remembering(Judge):
             try:
                 answer = self._asked.ask(messages, max_tokens, temperature, top_p)
             finally:
-                future.set_result(answer)  # others wait for it without a deadline of their own
-        return future.result()
+                future.set_result(answer)
+        patience_s = self._asked.timeout_s + GRACE_S
+        try:
+            return future.result(timeout=patience_s)
+        except FutureTimeoutError:
+            return Invalid(f"waited {patience_s:g} s for the judge's answer to an equal question of the group")

@@ -7,21 +7,25 @@ nothing are replaced by new tasks in the very next round (dynamic filtering); ea
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from nemo_cascade.config.schema import FiltersConfig, SamplingConfig
 from nemo_cascade.data.chat import ChatTokenizer
-from nemo_cascade.protocols import Domain, Sampler
+from nemo_cascade.protocols import Domain, Episode, Sampler
 from nemo_cascade.rollout.conversation import Conversation
 from nemo_cascade.rollout.filters import check_invalid_share, make_group, why_dropped
 from nemo_cascade.rollout.scoring import Scorer
-from nemo_cascade.types import Group, Invalid, Rollout, SamplingParams, Task, UserError
+from nemo_cascade.rollout.workers import Call, CallLost, Workers
+from nemo_cascade.types import Group, Invalid, Message, Rollout, SamplingParams, Task, UserError
 
+T = TypeVar("T")
+Reply = tuple[Message, ...] | None
 TakeTasks = Callable[[int, int], Sequence[Task]]
 """(count, attempt) -> tasks: attempt 0 for the step itself, 1, 2, ... for refills; fewer or none when the data run
 out.
@@ -29,6 +33,9 @@ out.
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """Times the spans `sampling` and `reward`; `RunRecord.timer` is one."""
+
+
+ENVIRONMENT_DEADLINE_S = 600.0  # for an environment to begin, or to answer one turn
 
 
 def _untimed(span: str) -> AbstractContextManager[None]:
@@ -88,16 +95,13 @@ class Collector:
         self.filters = filters if filters is not None else FiltersConfig()
         self.scorer = Scorer(domains, reward_workers)
         self.timer: Timer = _untimed
-        self._environments = concurrent.futures.ThreadPoolExecutor(max(1, reward_workers), "environment")
+        self.environments = Workers(reward_workers, "environment")
+        self.environment_deadline_s = ENVIRONMENT_DEADLINE_S
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; one whose environment hangs is left behind."""
         self.scorer.close()
-        self._environments.shutdown(wait=False, cancel_futures=True)
-
-    def ask_environment(self, conversation: Conversation) -> concurrent.futures.Future[None]:
-        """Let a multi-turn environment answer in a thread, so that a slow one does not hold up decoding."""
-        return self._environments.submit(conversation.answer, self.chat, self.sampling.max_total_tokens)
+        self.environments.close()
 
     def collect(self, take: TakeTasks, prompts: int, group_size: int, seed: int, step: int) -> Collected:
         """One step's groups: `prompts` of them, in the order in which their tasks started.
@@ -170,6 +174,7 @@ class _Run:
         self.started = 0
         self.streams: Counter[str] = Counter()
         self.active: list[Conversation] = []
+        self.beginning: list[tuple[Conversation, Call[Episode]]] = []
         self.unjudged: list[int] = []
         self.kept: dict[int, Group] = {}
         self.counts = _Counts()
@@ -191,6 +196,10 @@ class _Run:
             if not self.waiting:
                 self._refill()
             missing -= self._start(self.waiting.popleft())
+        for conversation, call in self.beginning:
+            with self._environment_of(conversation, "begin"):
+                conversation.episode = self._from_environment(call)
+        self.beginning = []
         return bool(self.active)
 
     def _start(self, task: Task) -> int:
@@ -207,8 +216,12 @@ class _Run:
         for sample in range(self.group_size):
             stream = self.streams[task.id]
             self.streams[task.id] += 1
-            episode = domain.begin(task)
-            self.active.append(Conversation(task, group, sample, stream, episode, domain.max_turns, list(prompt)))
+            conversation = Conversation(task, group, sample, stream, None, domain.max_turns, list(prompt))
+            self.active.append(conversation)
+            if domain.max_turns == 1:
+                conversation.episode = domain.begin(task)  # holds nothing and waits for nothing
+            else:
+                self.beginning.append((conversation, self.collector.environments.submit(partial(domain.begin, task))))
         return 1
 
     def _refill(self) -> None:
@@ -230,49 +243,75 @@ class _Run:
         scorer.
         """
         collector, sampling = self.collector, self.collector.sampling
-        active = self.active
+        playing = [conversation for conversation in self.active if not conversation.finished]
         requests = [
             conversation.request(self.draws.seed, self.draws.step, sampling.max_new_tokens, sampling.max_total_tokens)
-            for conversation in active
+            for conversation in playing
         ]
-        answers: list[concurrent.futures.Future[None]] = []
+        asked: list[tuple[Conversation, Call[Reply]]] = []
         began = time.perf_counter()
         with collector.timer("sampling"):
-            for index, completion in collector.sampler.sample(requests, self.params):
-                conversation = active[index]
+            for index, completion in collector.sampler.sample(requests, self.params) if requests else ():
+                conversation = playing[index]
                 conversation.seconds += time.perf_counter() - began
                 conversation.hear(completion, collector.chat)
                 self.counts.tokens += len(completion.token_ids)
                 if conversation.max_turns == 1:
                     self._answer(conversation)
-                else:
-                    answers.append(collector.ask_environment(conversation))
-            for answer in answers:
-                answer.result(timeout=collector.scorer.deadline_s)
+                elif not conversation.finished:  # in a thread, so that a slow one does not hold up decoding
+                    asked.append((conversation, collector.environments.submit(conversation.ask)))
+            for conversation, call in asked:
+                with self._environment_of(conversation, f"answer turn {conversation.turns}"):
+                    reply = self._from_environment(call)
+                    conversation.take(reply, collector.chat, sampling.max_total_tokens)
         self.counts.sampling_seconds += time.perf_counter() - began
-        for conversation, request in zip(active, requests, strict=True):
+        for conversation, request in zip(playing, requests, strict=True):
             sent = tuple(conversation.token_ids[: len(request.token_ids)])
             assert sent == request.token_ids, f"{conversation.task.id}: a turn rewrote its prompt"
-            if conversation.max_turns > 1 and conversation.finished:
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give finished conversations of several turns to the scorer (those of one turn went there at once)."""
+        played = self.active
+        for conversation in played:
+            if conversation.finished and (conversation.max_turns > 1 or conversation.lost):
                 self._finish(conversation)
-        self.active = [conversation for conversation in active if not conversation.finished]
+        self.active = [conversation for conversation in played if not conversation.finished]
         playing = {conversation.group for conversation in self.active}
-        finished = {conversation.group for conversation in active} - playing
-        self.unjudged += sorted(finished)
+        self.unjudged += sorted({conversation.group for conversation in played} - playing)
+
+    @contextmanager
+    def _environment_of(self, conversation: Conversation, what: str) -> Iterator[None]:
+        """Lose the rollout when its environment does not do `what` within the deadline."""
+        try:
+            yield
+        except CallLost:
+            task, deadline_s = conversation.task, self.collector.environment_deadline_s
+            conversation.lose(
+                f"the environment of domain {task.domain} did not {what} within {deadline_s:g} s (task {task.id})"
+            )
+
+    def _from_environment(self, call: Call[T]) -> T:
+        return self.collector.environments.result(call, self.collector.environment_deadline_s)
 
     def _answer(self, conversation: Conversation) -> None:
-        conversation.answer(self.collector.chat, self.collector.sampling.max_total_tokens)
+        if not conversation.finished:
+            conversation.take(conversation.ask(), self.collector.chat, self.collector.sampling.max_total_tokens)
         assert conversation.finished, f"{conversation.task.id}: a domain of one turn answered the model"
         self._finish(conversation)
 
     def _finish(self, conversation: Conversation) -> None:
-        conversation.episode.close()
+        episode = conversation.episode
+        if episode is not None and conversation.lost:
+            self.collector.environments.submit(episode.close)  # nobody waits for an environment that hangs
+        elif episode is not None:
+            episode.close()
         self.collector.scorer.add(conversation.group, conversation.rollout(), self.group_size)
 
     def close(self) -> None:
         """Free the environments of conversations that an error cut short."""
         for conversation in self.active:
-            if not conversation.finished:
+            if not conversation.finished and conversation.episode is not None:
                 conversation.episode.close()
 
     def judge(self, plain: bool = False) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.protocols import Episode
-from nemo_cascade.types import Completion, Invalid, Message, Request, Rollout, Task, Transcript
+from nemo_cascade.types import Completion, Invalid, Message, Outcome, Request, Rollout, Task, Transcript
 
 UNSCORED = Invalid("not scored")
 
@@ -28,14 +28,15 @@ class Conversation:
     """The growing ids, the transcript so far and the environment of one rollout.
 
     `group` is its task's place in the order of starting, `stream` the number that keeps two rollouts of one step apart
-    in `request_seed` (they differ even when a task occurs twice in a step).
+    in `request_seed` (they differ even when a task occurs twice in a step). `episode` is None until the environment has
+    begun.
     """
 
     task: Task
     group: int
     sample: int
     stream: int
-    episode: Episode
+    episode: Episode | None
     max_turns: int
     token_ids: list[int]
     loss_mask: list[int] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Conversation:
     turns: int = 0
     truncated: bool = False
     finished: bool = False
+    outcome: Outcome = UNSCORED
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,13 +71,22 @@ class Conversation:
         if completion.finish == "length":
             self.truncated = self.finished = True
 
-    def answer(self, chat: ChatTokenizer, max_total_tokens: int) -> None:
-        """Let the environment answer the last turn; ends the rollout when it is silent, or turns or tokens have run
-        out.
-        """
-        if self.finished:
-            return
-        reply = self.episode.reply(self.messages[-1])
+    def ask(self) -> tuple[Message, ...] | None:
+        """The environment's answer to the last turn. Changes nothing here, so it may come late, or never."""
+        assert self.episode is not None, f"{self.task.id}#{self.sample}: its environment has not begun"
+        return self.episode.reply(self.messages[-1])
+
+    def lose(self, reason: str) -> None:
+        """The environment failed us: the rollout ends without a verdict, never with reward 0."""
+        self.finished, self.outcome = True, Invalid(reason)
+
+    @property
+    def lost(self) -> bool:
+        """The rollout ended without a verdict while it was played."""
+        return self.outcome is not UNSCORED
+
+    def take(self, reply: tuple[Message, ...] | None, chat: ChatTokenizer, max_total_tokens: int) -> None:
+        """Append the environment's answer; ends the rollout when it is silent, or turns or tokens have run out."""
         if reply is None:
             self.finished = True
             return
@@ -93,7 +104,7 @@ class Conversation:
         self._append_given(len(ids))
 
     def rollout(self) -> Rollout:
-        """The finished rollout, not yet scored."""
+        """The finished rollout, not yet scored; Invalid when its environment was lost."""
         assert self.finished, f"{self.task.id}#{self.sample} is still being played"
         return Rollout(
             task=self.task,
@@ -103,7 +114,7 @@ class Conversation:
             logprobs=tuple(self.logprobs),
             versions=tuple(self.versions),
             transcript=Transcript(tuple(self.messages), self.truncated),
-            outcome=UNSCORED,
+            outcome=self.outcome,
             sampling_seconds=self.seconds,
         )
 

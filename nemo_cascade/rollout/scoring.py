@@ -2,30 +2,31 @@
 
 Threads only wait here: domains run whatever can hang or burn the processor (user code, symbolic algebra, a judge) in
 processes or behind timeouts of their own. A verdict that does not come within the deadline is Invalid, never reward 0,
-and never holds up the step.
+and holds up neither the step nor the end of the process.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nemo_cascade.domains import SingleTurn
 from nemo_cascade.protocols import Domain
+from nemo_cascade.rollout.conversation import UNSCORED
+from nemo_cascade.rollout.workers import Call, CallLost, Workers
 from nemo_cascade.types import Invalid, Outcome, Rollout
 
 INVALID_RETRIES = 2  # an Invalid verdict (wall clock, judge down) is asked for again this often
-DEADLINE_S = 600.0  # for one verdict, retries included
+DEADLINE_S = 600.0  # for one verdict, retries included, from the moment it is asked for
 
 
 @dataclass
 class _Pending:
     rollouts: list[Rollout]
-    future: concurrent.futures.Future[list[Rollout]]
-    started: float
+    call: Call[list[Rollout]]
 
 
 class Scorer:
@@ -34,42 +35,52 @@ class Scorer:
     def __init__(self, domains: Mapping[str, Domain], workers: int, deadline_s: float = DEADLINE_S) -> None:
         self.domains = domains
         self.deadline_s = deadline_s
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="reward")
+        self._workers = Workers(workers, "reward")
         self._waiting: dict[int, list[Rollout]] = {}
+        self._lost: dict[int, list[Rollout]] = {}
         self._pending: dict[int, list[_Pending]] = {}
 
     def close(self) -> None:
-        """Drop what has not started."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the threads; one that hangs is left behind."""
+        self._workers.close()
 
     def add(self, group: int, rollout: Rollout, group_size: int) -> None:
-        """One more finished rollout. Rewards that look at the whole group start when it is complete, others at once."""
+        """One more finished rollout. Rewards that look at the whole group start when it is complete, others at once.
+
+        One that was lost while it was played stays Invalid, and the others are compared without it.
+        """
         domain = self.domains[rollout.task.domain]
         pending = self._pending.setdefault(group, [])
         if type(domain).score_group is SingleTurn.score_group:
-            pending.append(self._start(domain, [rollout], False))
+            if rollout.outcome is not UNSCORED:
+                self._lost.setdefault(group, []).append(rollout)
+            else:
+                pending.append(self._start(domain, [rollout], False))
             return
         members = self._waiting.setdefault(group, [])
         members.append(rollout)
         if len(members) == group_size:
             members = sorted(self._waiting.pop(group), key=lambda item: item.sample)
-            pending.append(self._start(domain, members, True))
+            whole = [member for member in members if member.outcome is UNSCORED]
+            self._lost[group] = [member for member in members if member.outcome is not UNSCORED]
+            if whole:
+                pending.append(self._start(domain, whole, True))
 
     def result(self, group: int) -> list[Rollout]:
         """The scored rollouts of a group in the order of their samples; waits at most the deadline."""
         assert group not in self._waiting, f"group {group} was asked for before it was complete"
         scored = [rollout for pending in self._pending.pop(group) for rollout in self._wait(pending)]
+        scored += self._lost.pop(group, [])
         return sorted(scored, key=lambda rollout: rollout.sample)
 
     def _start(self, domain: Domain, rollouts: list[Rollout], as_group: bool) -> _Pending:
-        return _Pending(rollouts, self._pool.submit(_score, domain, rollouts, as_group), time.monotonic())
+        return _Pending(rollouts, self._workers.submit(partial(_score, domain, rollouts, as_group)))
 
     def _wait(self, pending: _Pending) -> list[Rollout]:
-        left = pending.started + self.deadline_s - time.monotonic()
         try:
-            return pending.future.result(timeout=max(left, 0.0))
-        except concurrent.futures.TimeoutError:
-            verdict = Invalid(f"no verdict from domain {pending.rollouts[0].task.domain} after {self.deadline_s:.0f} s")
+            return self._workers.result(pending.call, self.deadline_s)
+        except CallLost:
+            verdict = Invalid(f"no verdict from domain {pending.rollouts[0].task.domain} after {self.deadline_s:g} s")
             return [rollout.with_outcome(verdict) for rollout in pending.rollouts]
 
 

@@ -23,6 +23,7 @@ from nemo_cascade.cascade.lock import locked
 from nemo_cascade.config.paths import write_atomic
 from nemo_cascade.config.schema import StageRun
 from nemo_cascade.config.stage_run import read_stage_run
+from nemo_cascade.observe.progress import ProgressLine
 from nemo_cascade.types import StageResult
 
 LOG = logging.getLogger("standin_stage")
@@ -88,25 +89,33 @@ def run_stage(folder: StageFolder) -> None:
     start = dict(skill)
     if done:
         skill = json.loads((folder.checkpoint(done) / "state.json").read_text())
+    progress = ProgressLine(run.stage, run.config.num_steps)
     for step in range(done, run.config.num_steps):
+        began = time.perf_counter()
         time.sleep(float(os.environ.get("STANDIN_PACE", "0")))
         if run.stage == kill_stage and step == int(kill_step):
             os.kill(os.getpid(), signal.SIGKILL)
         skill = train_step(run, skill)
+        took = time.perf_counter() - began
+        line = {"step": step, "reward": sum(skill.values()) / len(skill), "tokens": 64.0, "seconds/total": took}
         with folder.metrics.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        progress.update(step, took, line)
         if (step + 1) in run.config.keep_steps:
             export(folder.weights(step + 1), skill)
-            evaluate(run, skill, folder.evaluation(f"step_{step + 1:06d}"))
         if (step + 1) % run.config.save_every == 0 or step + 1 == run.config.num_steps:
             write_json(folder.checkpoint(step + 1) / "state.json", skill)
         LOG.warning("%s step %d", run.stage, step + 1)
     export(folder.hf, skill)
-    for step in run.config.keep_steps:
-        evaluate(run, load(str(folder.weights(step))), folder.evaluation(f"step_{step:06d}"))
-    evaluate(run, skill, folder.evaluation("final"))
+    measured = {"final": skill}
+    for step in run.config.evaluation.steps:
+        measured[f"step_{step:06d}"] = load(str(folder.weights(step)))
     if run.init_folder is None:
-        evaluate(run, start, folder.evaluation("init"))
+        measured["init"] = start
+    for label, weights in measured.items():
+        if not folder.evaluation(label).exists():
+            LOG.warning("%s measures %s", run.stage, label)
+            evaluate(run, weights, folder.evaluation(label))
     seconds = time.monotonic() - started
     folder.finish(
         StageResult(run.stage, run.kind, run.key, "hf", folder_sha256(folder.hf), run.config.num_steps, seconds)

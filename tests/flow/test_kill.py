@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.real_cascade import ROOT, Cascade, environment
+from tests.flow.real_cascade import ROOT, STAGES, Cascade, environment
 
 pytestmark = pytest.mark.slow
 SEED = 20260319  # of the moments
@@ -73,12 +73,13 @@ def marked(mark: str) -> list[int]:
 
 
 class Victim:
-    """A cascade whose `sft` is done already, killed while `rl` is at a chosen place."""
+    """A cascade killed while the stage `name` is at a chosen place; the stages before that one are done already."""
 
-    def __init__(self, folder: Path, finished: Cascade) -> None:
-        self.cascade = Cascade(folder)
-        shutil.copytree(finished.stage("sft").path, self.cascade.folder / finished.stage("sft").path.name)
-        self.stage = self.cascade.folder / finished.stage("rl").path.name
+    def __init__(self, folder: Path, finished: Cascade, name: str) -> None:
+        self.cascade, self.name = Cascade(folder), name
+        for before in list(STAGES)[: list(STAGES).index(name)]:
+            shutil.copytree(finished.stage(before).path, self.cascade.folder / finished.stage(before).path.name)
+        self.stage = self.cascade.folder / finished.stage(name).path.name
         self.mark = folder.name
 
     def kill_when(
@@ -92,7 +93,7 @@ class Victim:
     ) -> None:
         """Start the run, wait for the moment, kill, and see that nothing survives; `least` processes must be there."""
         runner = subprocess.Popen(
-            self.cascade.command("--until", "rl", *words), cwd=ROOT, env=environment(**{MARK: self.mark}),
+            self.cascade.command("--until", self.name, *words), cwd=ROOT, env=environment(**{MARK: self.mark}),
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         wait_until(lambda: true() or runner.poll() is not None, what)
@@ -111,7 +112,7 @@ class Victim:
 
     def finish(self) -> list[str]:
         """Run the same command again; returns what it said."""
-        done = self.cascade.run("--until", "rl")
+        done = self.cascade.run("--until", self.name)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 
@@ -131,7 +132,7 @@ class Victim:
 
 @pytest.fixture
 def victim(tmp_path: Path, uninterrupted: Cascade) -> Victim:
-    return Victim(tmp_path, uninterrupted)
+    return Victim(tmp_path, uninterrupted, "rl")
 
 
 @pytest.mark.parametrize("stage_too", [False, True])
@@ -182,3 +183,19 @@ def test_killed_again_and_again(victim, uninterrupted):
     victim.finish()
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
     assert victim.cascade.run("--until", "rl").stdout.count(": done (") == 2
+
+
+@pytest.mark.parametrize("name", ["sft", "mopd"])
+def test_the_other_kinds_of_stage_are_killed_while_they_save_and_while_they_are_measured(
+    tmp_path, uninterrupted, name
+):
+    """Two steps each: killed in the second checkpoint with its runner, then after the export without it."""
+    victim = Victim(tmp_path, uninterrupted, name)
+    victim.kill_when(victim.written("checkpoints/.step_000002.partial/*"), "the second checkpoint", 0.0, True)
+    assert not victim.written("record.json")()
+    delay = random.Random(f"{SEED}/{name}").uniform(0.0, 0.3)
+    victim.kill_when(victim.written("hf/config.json"), "the export", delay, False)
+    assert not victim.written("record.json")()
+    assert any("on from step 2" in line for line in victim.finish())
+    assert victim.cascade.outcome(name) == uninterrupted.outcome(name)
+    assert not list(victim.stage.glob("checkpoints/.*"))

@@ -91,9 +91,12 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
     replays = {
         "replayed": f"init: base\nnum_steps: 2\nmode: train_only\nrollouts: {runs.on_policy.path}\n",
         "one_step": f"init: base\nnum_steps: 1\nmode: train_only\nrollouts: {runs.sampled.path}\n",
-        "from_folder": f"init: hf:{runs.on_policy.weights(1)}\nnum_steps: 1\nmode: sample_only\n",
     }
-    folders = cascade(runs.root, "second", replays)
+    # No server answers there: who trains on records needs no sampler.
+    nobody = ("hardware.sampler=remote", "hardware.sampler_url=http://127.0.0.1:9", "hardware.refit=files")
+    folders = cascade(runs.root, "second", replays, *nobody)
+    from_folder = f"init: hf:{runs.on_policy.weights(1)}\nnum_steps: 1\nmode: sample_only\n"
+    folders |= cascade(runs.root, "third", {"from_folder": from_folder})
     assert sha256(folders["replayed"]) == sha256(runs.on_policy)
     # The first step's rollouts are the same whoever sampled them, and the optimizer starts anew in every stage.
     at_one = content_sha256(runs.on_policy.weights(1))

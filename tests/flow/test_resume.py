@@ -5,6 +5,8 @@ The stages are real processes (`standin_stage`): they checkpoint, die by SIGKILL
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cascade.cascade import process
 from nemo_cascade.cascade.artifacts import StageFolder
 from nemo_cascade.cascade.lock import group_lives
 from nemo_cascade.cascade.manifest import read_manifest
@@ -120,7 +123,7 @@ def test_a_runner_killed_with_its_stage_running_is_taken_over(cascade, tmp_path)
         "--until",
         "sft",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STANDIN_PACE": "0.8"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STANDIN_PACE": "2"}
     runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(cascade.folder.glob("sft-*/checkpoints/step_*")):
@@ -163,6 +166,15 @@ def test_an_interrupt_ends_the_stage(cascade):
     assert not list(cascade.folder.glob("sft-*/lock.json"))
 
 
+def test_a_silent_stage_is_spoken_of_and_goes_on(cascade, monkeypatch):
+    monkeypatch.setattr(process, "SILENT_S", 0.5)
+    monkeypatch.setenv("STANDIN_PACE", "2")
+    cascade.run("stages.sft.num_steps=1", until="sft")
+    pattern = r"sft-\w{8}: waiting for process \d+, which has been silent for [1-9]\d* s; Ctrl-C ends it, .*/log\.txt"
+    assert any(re.fullmatch(pattern, line) for line in cascade.said), cascade.said
+    assert cascade.said[-1].startswith("[1/1] sft: finished in")
+
+
 def test_parts_of_a_cascade(cascade):
     assert cascade.run(until="side") == ["sft", "side"]
     with pytest.raises(UserError, match="--from math_rl: if_rl is not done yet"):
@@ -194,6 +206,40 @@ def test_a_stage_starts_from_the_middle_of_another(cascade):
     row = status(cascade.folder)["stages"][-2]
     assert row["name"] == "side"
     assert row["gains"]["code"]["difference"] > 0.2  # against if_rl@3, which was evaluated for it
+
+
+def test_weights_of_a_step_that_was_not_kept(cascade):
+    """A stage from the middle of a finished one: that one trains again for these weights, and nothing below it does."""
+    assert cascade.run() == ["sft", "if_rl", "math_rl", "side", "mopd"]
+    first, final = cascade.digest(), cascade.stage("if_rl").evaluation("final").read_text()
+    middle = "stages.side.init=if_rl@3"
+    cascade.run(middle, dry_run=True)
+    assert cascade.said[:3] == [
+        "sft: done", "if_rl: would train its 6 steps again: the weights of step 3 were not kept", "math_rl: done",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--from side: if_rl did not keep the weights of step 3; run without --from"):
+        cascade.run(middle, start="side")
+    assert cascade.run(middle) == ["if_rl", "side", "mopd"]
+    assert "[2/5] if_rl: the weights of step 3 are needed and were not kept: it trains again" in cascade.said
+    assert cascade.steps("if_rl")[-6:] == [0, 1, 2, 3, 4, 5]  # from nothing, to the end
+    assert cascade.digest()["if_rl"] == first["if_rl"]
+    assert cascade.stage("if_rl").evaluation("final").read_text() == final
+    assert cascade.run(middle) == []
+    assert cascade.run() == []  # `side` and `mopd` as they were are still there
+    assert cascade.digest() == first
+    shutil.rmtree(cascade.stage("if_rl").path / "weights")  # to free space: nobody needs them any more
+    assert cascade.run(middle) == []
+    assert cascade.run(middle, "stages.side.optimizer.lr=0.2") == ["if_rl", "side", "mopd"]
+
+
+def test_a_step_to_measure_that_was_kept_is_only_measured(cascade):
+    cascade.run("stages.if_rl.keep_steps=[2]", until="if_rl")
+    steps = cascade.steps("if_rl")
+    assert cascade.run(until="if_rl") == []
+    assert cascade.run("stages.if_rl.evaluation.steps=[2]", until="if_rl") == ["if_rl"]
+    assert cascade.steps("if_rl") == steps
+    assert [line for line in cascade.said if "measures" in line] == ["if_rl measures step_000002"]  # `final` stays
+    assert cascade.run("stages.if_rl.evaluation.steps=[2]", until="if_rl") == []
 
 
 def test_a_gate_can_stop_the_cascade_or_send_children_back(cascade):

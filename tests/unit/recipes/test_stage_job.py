@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cascade.recipes.stage import DONE, INPUT_MISSING, MISTAKE, SlurmTask, first_host, main
+from nemo_cascade.cascade.plan import make_plan
+from nemo_cascade.cascade.runner import Options, Run
+from nemo_cascade.config.load import load_cascade
+from nemo_cascade.recipes.experiment import unfinished
+from nemo_cascade.recipes.stage import DONE, FAILED, MISTAKE, NOT_YET, SlurmTask, first_host, main
 from tests.flow.small_cascade import write_cascade
 
 FLOW = Path(__file__).resolve().parents[2] / "flow"
@@ -24,7 +28,7 @@ def cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_stage_refuses_until_its_inputs_are_done(cascade: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([cascade, "if_rl", STANDIN]) == INPUT_MISSING
+    assert main([cascade, "if_rl", STANDIN]) == NOT_YET
     assert "its input sft is not done" in capfd.readouterr().err
     assert main([cascade, "sft", STANDIN]) == DONE
     assert main([cascade, "if_rl", STANDIN]) == DONE
@@ -40,6 +44,28 @@ def test_a_failed_stage_and_a_mistake(
     assert "the learner diverged" in capfd.readouterr().err
     assert main([cascade, "stf", STANDIN]) == MISTAKE
     assert "did you mean 'sft'?" in capfd.readouterr().err
+
+
+def test_a_gate_that_says_stop_holds_back_what_is_below(cascade: str, capfd: pytest.CaptureFixture[str]) -> None:
+    small = ("stages=[sft, if_rl, math_rl]", "evaluation.report=8", "stages.if_rl.optimizer.lr=0.01")
+    gate = "stages.if_rl.gates=[{domain: math, min_gain: 0.5, on_fail: %s}]"
+    stop, warn = (*small, gate % "stop"), (*small, gate % "warn")
+    assert main([cascade, "sft", STANDIN, *stop]) == DONE
+    assert main([cascade, "if_rl", STANDIN, *stop]) == FAILED  # it is trained, and its gate stops the cascade
+    assert "gate math: FAILED (stop)" in capfd.readouterr().err
+    assert main([cascade, "math_rl", STANDIN, *stop]) == NOT_YET
+    assert "math_rl: stage if_rl: gate math: FAILED (stop)" in capfd.readouterr().err
+    assert left(cascade, *stop) == ["if_rl", "math_rl"]  # submitting again does not take if_rl for settled
+    assert left(cascade, *warn) == ["math_rl"]
+    assert main([cascade, "math_rl", STANDIN, *warn]) == DONE  # the gate is decided as the config has it now
+    assert main([cascade, "math_rl", STANDIN, *stop]) == NOT_YET  # our own runner stops there too
+    assert left(cascade, *warn) == []
+    assert left(cascade, *warn, "evaluation.report=9") == ["sft", "if_rl", "math_rl"]  # to be measured again
+    assert left(cascade, *warn, "stages.if_rl.evaluation.steps=[2]") == ["if_rl"]
+
+
+def left(cascade: str, *overrides: str) -> list[str]:
+    return unfinished(Run(make_plan(load_cascade(cascade, overrides)), Options(), [].append))
 
 
 def test_slurm_tasks_become_ranks() -> None:
@@ -68,14 +94,16 @@ def test_a_second_task_waits_for_the_first(cascade: str, tmp_path: Path) -> None
     path = os.pathsep.join([str(FLOW.parents[1]), str(FLOW)])
     shared = {**os.environ, "PYTHONPATH": path, "SLURM_JOB_ID": "7", "SLURM_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     command = [sys.executable, "-m", "nemo_cascade.recipes.stage", cascade, "sft", "tests.unit.recipes.rank_standin"]
-    tasks = []
-    for rank in ("1", "0"):
-        env = {**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [task.communicate(timeout=60)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    (folder,) = (tmp_path / "runs" / "small").glob("sft-*")
-    assert sorted(path.name for path in folder.glob("rank-*")) == [
-        "rank-0-of-2-at-localhost",
-        "rank-1-of-2-at-localhost",
-    ]
+    # The second time there is something to measure again, and that needs every rank too.
+    for number, override in enumerate([[], ["evaluation.report=9"]]):
+        tasks = []
+        for rank in ("1", "0"):
+            env = {**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_RESTART_COUNT": str(number)}
+            tasks.append(subprocess.Popen([*command, *override], env=env, stdout=subprocess.PIPE, text=True))
+        outputs = [task.communicate(timeout=200)[0] for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0], outputs
+        (folder,) = (tmp_path / "runs" / "small").glob("sft-*")
+        there = sorted(folder.glob("rank-*"))
+        assert [path.name for path in there] == ["rank-0-of-2-at-localhost", "rank-1-of-2-at-localhost"]
+        for path in there:
+            path.unlink()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 import time
 
 import pytest
 
+from nemo_cascade.reward import preference_judge
 from nemo_cascade.reward.genrm import (
     NEUTRAL,
     Answer,
@@ -20,7 +23,7 @@ from nemo_cascade.reward.genrm import (
     parse_verdict,
     with_length_terms,
 )
-from nemo_cascade.reward.judge import Judge, grade_equivalence, parse_equivalence
+from nemo_cascade.reward.judge import GONE_AFTER, Judge, grade_equivalence, parse_equivalence
 from nemo_cascade.types import Invalid, Scored, UserError
 from tests.unit.reward.judging import JudgeServer
 
@@ -50,6 +53,66 @@ def test_a_hanging_judge_is_invalid_within_the_deadline() -> None:
         assert isinstance(answer, Invalid)
         assert "gave no answer within 0.5 s" in answer.reason
         assert time.monotonic() - started < 2.5
+
+
+def test_a_judge_that_is_gone_is_not_asked_for_every_pair_again() -> None:
+    """28 pairs, asked three times as the scorer does: 84 questions, of which two waves of threads reach the judge."""
+    alive = threading.Event()
+
+    def reply(messages: list[dict[str, str]]) -> str:
+        alive.wait(60)
+        return '{"score_1": 4, "score_2": 2, "ranking": 1}'
+
+    answers = [Answer(f"answer {index}") for index in range(8)]
+    options = GenRMOptions(attempts=1, workers=16)
+    with JudgeServer(reply) as server, Judge(server.url, "nano", timeout_s=2.0, retries=0) as judge:
+        for _ in range(3):
+            outcomes = grade_group(judge, ASK, answers, options)
+            assert all(isinstance(outcome, Invalid) for outcome in outcomes)
+        assert 16 <= server.calls <= 40
+        reasons = [outcome.reason for outcome in outcomes]
+        gone = re.compile(r".* is gone: it answered none of its last \d+ questions in [\d.]+ s; .* again after 2 s")
+        assert any(gone.fullmatch(reason) for reason in reasons), reasons
+        alive.set()
+        deadline = time.monotonic() + 60
+        while isinstance(judge.ask(ASK, 16), Invalid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all(isinstance(outcome, Scored) for outcome in grade_group(judge, ASK, answers, options))  # it came back
+
+
+def test_a_judge_that_fails_now_and_then_is_not_gone() -> None:
+    with (
+        JudgeServer(lambda _: "fine", fail_first=GONE_AFTER - 1) as server,
+        Judge(server.url, "nano", timeout_s=0.001, retries=0) as judge,
+    ):
+        judge.timeout_s = 10.0  # only its patience is short
+        failed = [judge.ask(ASK, 16) for _ in range(GONE_AFTER - 1)]
+        assert all(isinstance(answer, Invalid) and "HTTP 503" in answer.reason for answer in failed)
+        assert judge.ask(ASK, 16) == "fine"
+
+
+def test_who_waits_for_an_equal_question_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        timeout_s = 0.1
+
+        def __init__(self) -> None:
+            self.asked, self.release = threading.Event(), threading.Event()
+
+        def ask(self, *question: object) -> str:
+            self.asked.set()
+            self.release.wait(60)
+            return "late"
+
+    monkeypatch.setattr(preference_judge, "GRACE_S", 0.2)
+    stuck = Stuck()
+    remembering = preference_judge._Remembering(stuck)  # type: ignore[arg-type]
+    first = threading.Thread(target=remembering.ask, args=(ASK, 16))
+    first.start()
+    assert stuck.asked.wait(30)
+    assert remembering.ask(ASK, 16) == Invalid("waited 0.3 s for the judge's answer to an equal question of the group")
+    stuck.release.set()
+    first.join()
+    assert remembering.ask(ASK, 16) == "late"
 
 
 def test_a_dribbling_judge_is_invalid_within_the_deadline() -> None:

@@ -145,6 +145,33 @@ class CountDomain(SingleTurn):
         return Scored(float(said == ["1", "2", "3"]))
 
 
+class StuckDomain(CountDomain):
+    """Environments that hang until `release` is set: where `begin` is said to, or at a turn that says "hang"."""
+
+    name = "stuck"
+
+    def __init__(self, at_begin: bool = False) -> None:
+        super().__init__()
+        self.at_begin = at_begin
+        self.release = threading.Event()
+
+    def begin(self, task: Task) -> CountEpisode:  # type: ignore[override]
+        if self.at_begin:
+            self.release.wait()
+        return StuckEpisode(self, task.id)
+
+
+class StuckEpisode(CountEpisode):
+    def __init__(self, domain: StuckDomain, task_id: str) -> None:
+        super().__init__(domain.closed, task_id)
+        self.release = domain.release
+
+    def reply(self, message: Message) -> tuple[Message, ...] | None:
+        if message.content == "hang":
+            self.release.wait()
+        return super().reply(message)
+
+
 class ScriptedSampler:
     """A Sampler that writes what `answer(prompt text, seed)` says, in a shuffled order of arrival."""
 

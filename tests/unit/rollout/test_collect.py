@@ -19,6 +19,7 @@ from tests.unit.rollout.standins import (
     LengthDomain,
     RankDomain,
     ScriptedSampler,
+    StuckDomain,
     nano_chat,
     random_weights,
     tiny_config,
@@ -189,6 +190,57 @@ def test_a_verdict_after_the_deadline_is_invalid_and_the_step_goes_on() -> None:
     rollout = play.collect(give([echo("fox")]), 1, 1, 0, 0).groups[0].rollouts[0]
     assert isinstance(rollout.outcome, Invalid) and "no verdict from domain echo after" in rollout.outcome.reason
     assert time.monotonic() - started < 0.4
+    play.close()
+
+
+def stuck(at_begin: bool = False, **filters: float) -> tuple[Collector, StuckDomain, Task]:
+    """A collector whose environment hangs in the second turn of rollouts with odd seeds there."""
+    domain = StuckDomain(at_begin)
+
+    def count(text: str, seed: int) -> str:
+        turn = text.count("next") + 1
+        return "hang" if turn == 2 and seed % 2 else str(turn)
+
+    play = collector([domain], count, filters)
+    play.environment_deadline_s = 0.3
+    return play, domain, Task("stuck-1", "stuck", (Message("user", "count"),))
+
+
+def test_an_environment_that_hangs_makes_its_rollout_invalid_and_no_other() -> None:
+    play, domain, task = stuck(max_invalid_share=0.9)
+    collected = play.collect(give([task]), 1, 12, seed=0, step=0)
+    group = collected.groups[0]
+    hung = [request_seed(0, 0, "stuck-1", sample, 1) % 2 == 1 for sample in range(12)]
+    assert 0 < sum(hung) < 12
+    assert [isinstance(rollout.outcome, Invalid) for rollout in group.rollouts] == hung
+    assert [not kept for kept in group.in_loss] == hung
+    for rollout, lost in zip(group.rollouts, hung, strict=True):
+        said = [message.content for message in rollout.transcript.messages]
+        if lost:
+            assert said == ["1", "next 1", "hang"]
+            assert rollout.outcome == Invalid(
+                "the environment of domain stuck did not answer turn 2 within 0.3 s (task stuck-1)"
+            )
+        else:
+            assert said == ["1", "next 1", "2", "next 2", "3"]
+            assert rollout.outcome == Scored(1.0)
+    assert collected.invalid == sum(hung)
+    domain.release.set()  # what comes back too late changes nothing, and every environment is closed in the end
+    deadline = time.monotonic() + 20
+    while len(domain.closed) < 12 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert domain.closed == ["stuck-1"] * 12
+    assert [message.content for message in group.rollouts[hung.index(True)].transcript.messages][-1] == "hang"
+    play.close()
+
+
+def test_an_environment_that_never_begins_ends_the_step_with_the_reason() -> None:
+    play, domain, task = stuck(at_begin=True)
+    with pytest.raises(UserError) as caught:
+        play.collect(give([task]), 1, 4, seed=0, step=0)
+    assert "4 of 4 rollouts are invalid" in str(caught.value)
+    assert "the environment of domain stuck did not begin within 0.3 s (task stuck-1)" in str(caught.value)
+    domain.release.set()
     play.close()
 
 
