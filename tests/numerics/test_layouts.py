@@ -35,7 +35,7 @@ def run_two(script: str, *arguments: str) -> None:
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in ranks]
+        outputs = [process.communicate(timeout=570)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

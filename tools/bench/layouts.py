@@ -148,7 +148,7 @@ def worker(folder: Path, names: list[str]) -> None:
     for name in names:
         layout = known[name]
         cut = parallel.ParallelLayout.from_hardware(layout.hardware)
-        parallel.start(cut, seed=3, rendezvous=folder / f"{name}.rendezvous", timeout_s=300.0)
+        parallel.start(cut, seed=3, rendezvous=folder / f"{name}.rendezvous", timeout_s=900.0)
         if name == ONE.name:
             from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
@@ -158,7 +158,7 @@ def worker(folder: Path, names: list[str]) -> None:
         parallel.stop()
 
 
-def run_ranks(folder: Path, layouts: list[Layout], timeout_s: float = 900.0) -> None:
+def run_ranks(folder: Path, layouts: list[Layout], timeout_s: float = 3600.0) -> None:
     """The layouts, which have the same number of ranks, in that many processes. CalledProcessError when one fails."""
     ranks = layouts[0].ranks
     command = [sys.executable, "-W", "ignore", "-m", "tools.bench.layouts", "--worker", str(folder)]

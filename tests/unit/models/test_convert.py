@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_cascade.models import convert, hf_folder, nemotron_h
+from nemo_cascade.models import convert, hf_folder, names, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import UserError
@@ -156,3 +158,18 @@ def test_a_failed_export_leaves_the_old_folder(model: NemotronH, config: Nemotro
         convert.save_folder(broken(), config, tmp_path / "hf")
     assert hf_folder.content_sha256(tmp_path / "hf") == sha256
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_kv_groups_spread_over_ranks_are_cut_where_megatron_cuts_them() -> None:
+    # 4 query heads and 2 KV groups over 4 ranks: q0 q1 | k0 v0 | q2 q3 | k1 v1
+    nano = NemotronHConfig.preset("nano")
+    config = dataclasses.replace(nano, num_attention_heads=4, num_key_value_heads=2, head_dim=1)
+    parts = {"q": torch.arange(4.0)[:, None], "k": torch.tensor([[10.0], [11]]), "v": torch.tensor([[20.0], [21]])}
+    held = []
+    for rank in range(4):
+        local = torch.full((2, 1), -1.0)
+        group = SimpleNamespace(size=lambda: 4, rank=lambda own=rank: own)
+        for which, rows in parts.items():
+            names._fused_rows(local, which, config, 4).write(rows, group)
+        held.append(local[:, 0].tolist())
+    assert held == [[0, 1], [10, 20], [2, 3], [11, 21]]
