@@ -16,6 +16,7 @@ from nemo_cascade.models.trace import Trace
 ROWS = 128  # positions compared at a time: bounds the memory of [rows, vocabulary] in float64
 PERCENTILE = 0.99
 NEAR_TIES = 0.01  # of the tokens: more of them is no accident of rounding
+FAR = torch.finfo(torch.float64).max  # instead of infinity, which JSON lacks
 SHOWN = 12  # tensors named on the terminal; --json has all
 
 
@@ -99,7 +100,7 @@ def difference(a: Trace, b: Trace, alone: Trace, points: Sequence[tuple[str, str
         (ours.double().log_softmax(-1) - theirs.double().log_softmax(-1)).abs().amax(-1)
         for ours, theirs in zip(a.outputs[-1].split(ROWS), b.outputs[-1].split(ROWS), strict=True)
     ])  # fmt: skip
-    return Difference(tuple(layers), positions.nan_to_num(nan=torch.inf))
+    return Difference(tuple(layers), positions.nan_to_num(nan=FAR))
 
 
 def _compared(
@@ -110,14 +111,14 @@ def _compared(
     lone: torch.Tensor,
     rerouted: tuple[float | None, ...],
 ) -> LayerDifference:
-    """One point; a value that is no number is an infinite difference, never a silent agreement."""
+    """One point; a value that is no number is the largest difference there is, never a silent agreement."""
     cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
     both_zero = (ours.abs().amax(-1) == 0) & (theirs.abs().amax(-1) == 0)
     own = (ours - lone).abs().amax(-1)
     scale = ours.square().mean(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
     def worst(values: torch.Tensor) -> float:
-        return float(values.nan_to_num(nan=torch.inf).max())
+        return float(values.nan_to_num(nan=FAR).max())
 
     return LayerDifference(
         name,

@@ -379,7 +379,7 @@ def test_a_value_that_is_no_number_is_a_difference(
     with torch.no_grad():
         model.decoder.layers[1].input_layernorm.weight[0] = torch.nan
     parity = compared(model, sequences, truth)
-    assert not parity.agrees and parity.max_logprob_difference == float("inf")
+    assert not parity.agrees and parity.max_logprob_difference > 1e300
     assert [layer.name for layer in parity.bad] == ["backbone.layers.1"]
     assert parity.layers[2].cosine == -1.0
 

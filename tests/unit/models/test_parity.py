@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from nemo_cascade.models.parity import Difference, LayerDifference, Parity, difference, tensor_differences
+from nemo_cascade.models.parity import FAR, Difference, LayerDifference, Parity, difference, tensor_differences
 from nemo_cascade.models.trace import Trace
 
 POINTS = [("backbone.embeddings", "embedding"), ("backbone.layers.0", "experts"), ("lm_head", "head")]
@@ -45,8 +46,9 @@ def test_nothing_is_hidden_by_zeros_or_by_what_is_no_number() -> None:
     b = trace([[math.nan, 4.0], [0.0, 0.0]], [[math.nan, 0.0], [0.0, math.log(3.0)]], [0, 1])
     found = difference(A, b, b, POINTS)
     layer = found.layers[1]
-    assert (layer.cosine, layer.max_difference, layer.alone_relative) == (-1.0, math.inf, math.inf)
-    assert found.maximum == math.inf
+    assert (layer.cosine, layer.max_difference, layer.alone_relative) == (-1.0, FAR, FAR)
+    assert found.maximum == FAR
+    assert "Infinity" not in json.dumps(Parity({"packed": found, "unpacked": found}, 1e-4).to_json(), allow_nan=False)
     zero = trace([[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [0, 1])
     assert difference(zero, zero, zero, POINTS).layers[1].cosine == 1.0
     assert difference(A, zero, zero, POINTS).layers[1].cosine == 0.0
