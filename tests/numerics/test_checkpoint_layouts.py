@@ -18,6 +18,7 @@ import torch  # isort: skip
 
 from tests.numerics import checkpoint_worker
 
+pytestmark = pytest.mark.slow
 CUT = ("data", "tensor", "expert", "stages", "zero")
 ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -41,7 +42,7 @@ def in_two_ranks(folder: Path, *steps: str) -> None:
         command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *steps]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=500)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

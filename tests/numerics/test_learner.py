@@ -112,6 +112,15 @@ def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[st
             ]
 
 
+@pytest.mark.parametrize("other", ["one", "two", "experts", "tensor"])
+def test_a_checkpoint_of_any_layout_is_loaded_by_one_rank(runs: dict[str, Path], other: str):
+    """test_checkpoint_layouts.py has the moments, more layouts and the other directions."""
+    learner = build(seed=99)
+    for algorithm in ("sft", "bias"):
+        assert learner.load(str(runs[other] / algorithm)) == 5
+        assert torch.equal(flat(learner), torch.load(runs[other] / f"{algorithm}-0.pt"))
+
+
 def test_resume_is_bit_exact(tmp_path: Path):
     objective = policy_gradient(LossConfig())
     through = build()

@@ -92,6 +92,7 @@ for step in itertools.count(stage.resume(learner) + 1):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_written_in_the_background(tmp_path: Path):
     """Whatever the moment, the newest checkpoint is whole and of one step; three times in the middle of a write."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
