@@ -14,6 +14,7 @@ from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.refit.checksum import checksum_of
 from nemo_cascade.refit.files import FileRefit, folder_tensors
 from nemo_cascade.refit.memory import MemoryRefit
+from nemo_cascade.refit.nowhere import NoRefit
 from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.types import Request, SamplingParams, UserError
 from tests.unit.rollout.standins import random_weights, tiny_config
@@ -93,3 +94,10 @@ def test_stacked_experts_of_newer_transformers_are_taken_apart(tmp_path: Path) -
         "lm_head.weight",
     ]
     assert torch.equal(named["backbone.layers.0.mixer.experts.1.up_proj.weight"], stacked[1])
+
+
+def test_without_a_sampler_nothing_is_brought_anywhere() -> None:
+    learner = Weights(11)
+    assert NoRefit().refit(learner, None, 1) == ""  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a Sampler that gets no weights would sample from old ones"):
+        NoRefit().refit(learner, LocalSampler(CONFIG), 1)  # type: ignore[arg-type]
