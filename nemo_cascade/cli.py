@@ -243,15 +243,16 @@ def evaluate(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     names = [name for name in options.domains.split(",") if name]
+    cascade = load_cascade(options.cascade).cascade
     config = dataclasses.replace(
-        load_cascade(options.cascade).cascade.evaluation,
+        cascade.evaluation,
         select=0,
         report=options.tasks,
         other_mode=options.other_mode,
         **{name: value for name, value in given.items() if value is not None},
         **({"domains": names} if names else {}),
     )
-    cells = _weights().evaluate_folder(options.checkpoint, config)
+    cells = _weights().evaluate_folder(options.checkpoint, config, judge=cascade.equivalence_judge)
     rows = [
         {"domain": domain, "mode": mode, "score": cell.value, "ci_low": cell.low, "ci_high": cell.high, "n": cell.n}
         for (domain, _, mode), cell in cells.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from safetensors import safe_open
 
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import EvaluationConfig
+from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.domains import Services, load
 from nemo_cascade.evaluation.benchmark import Benchmark
 from nemo_cascade.evaluation.intervals import bootstrap_mean
 from nemo_cascade.models.hf_folder import read_config, weight_files
+from nemo_cascade.reward.judge import Judge
 from nemo_cascade.rollout.local import LocalSampler
+from nemo_cascade.rollout.server_process import start_server
 from nemo_cascade.types import Interval, Message, Request, SamplingParams
 
 
@@ -38,7 +41,9 @@ def open_sampler(folder: Path) -> LocalSampler:
     return sampler
 
 
-def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) -> dict[tuple[str, str, str], Interval]:
+def evaluate_folder(
+    reference: str, config: EvaluationConfig, workers: int = 4, judge: JudgeAddress | None = None
+) -> dict[tuple[str, str, str], Interval]:
     """Score a checkpoint (`hf:nano`, a folder) on the tasks of the ledger: (domain, split, mode) -> mean with interval.
 
     The tasks and draws are those of the cascade's own evaluations, so the numbers can be compared with a report's.
@@ -48,6 +53,8 @@ def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) 
     with ExitStack() as stack:
         services = Services()
         stack.callback(services.close)
+        if judge is not None and judge.named and config.files:
+            services.equivalence_judge = stack.enter_context(open_judge(judge))
         domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
         sampler = open_sampler(folder)
         stack.callback(sampler.close)
@@ -58,6 +65,18 @@ def evaluate_folder(reference: str, config: EvaluationConfig, workers: int = 4) 
             cell = (str(row["domain"]), str(row["split"]), str(row["mode"]))
             cells.setdefault(cell, []).append(float(str(row["score"])))
     return {cell: bootstrap_mean(scores) for cell, scores in cells.items()}
+
+
+@contextmanager
+def open_judge(config: JudgeAddress) -> Iterator[Judge]:
+    """A judge at its address, or a checkpoint served on loopback meanwhile."""
+    with ExitStack() as stack:
+        url = config.url
+        if url is None:
+            server = start_server(hf_folder(str(config.serve)))
+            stack.callback(server.close)
+            url = f"{server.url}/v1"
+        yield stack.enter_context(Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries))
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_cascade.observe.rollouts import read_groups
-from tests.flow.real_cascade import Cascade
+from tests.flow.real_cascade import ROOT, Cascade, environment
 from tests.unit.reward.judging import JudgeServer
 
 ROWS = [
@@ -46,3 +48,28 @@ def test_rows_are_rewarded_and_measured_by_the_judge(tmp_path: Path) -> None:
     initial = [json.loads(line)["score"] for line in folder.evaluation("init").read_text().splitlines()]
     assert len(scores) == 2 and sum(scores) + sum(initial) > 0
     assert calls == len(granted) + sum(scores) + sum(initial)
+
+
+@pytest.mark.slow
+def test_eval_asks_the_judge_of_its_cascade(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "sft.yaml").write_text(
+        "kind: sft\ninit: base\nnum_steps: 1\ntokens_per_step: 1024\ndata: {domains: {math: 1}}\n"
+        "optimizer: {lr: 1.0e-3}\n"
+    )
+    with JudgeServer(lambda messages: "CORRECT") as server:
+        (tmp_path / "cascade.yaml").write_text(
+            "name: judged\nmodel: nano\nbase: hf:nano\nstages: [sft]\n"
+            f"equivalence_judge: {{url: '{server.url}/v1', timeout_s: 30}}\n"
+            f"evaluation: {{domains: [long_context], files: {{long_context: [{rows}]}}, max_new_tokens: 48}}\n"
+        )
+        words = ["eval", "hf:nano", "--cascade", str(tmp_path / "cascade.yaml"), "--tasks", "2", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_cascade.cli", *words],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        (row,) = json.loads(done.stdout)
+        assert (row["domain"], row["n"]) == ("long_context", 2)
+        assert 2 * row["score"] == server.calls > 0

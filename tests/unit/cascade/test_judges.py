@@ -52,6 +52,11 @@ def test_rows_to_grade_need_a_judge_or_the_word_exact(tmp_path, rows):
     measured = f"select: 0, report: 2, domains: [long_context], files: {{long_context: [{rows}]}}"
     with pytest.raises(UserError, match=r"rows of evaluation\.files\.long_context are graded by a judge"):
         plan(tmp_path, "domains: {math: 1}", measured)
+    (tmp_path / "sft.yaml").write_text(
+        "kind: sft\ninit: base\nnum_steps: 1\ntokens_per_step: 1024\ndata: {domains: {math: 1}}\noptimizer: {lr: 1.0}\n"
+    )
+    with pytest.raises(UserError, match=r"sft\.yaml: key 'equivalence_judge' is missing; rows of evaluation\.files"):
+        plan(tmp_path, "domains: {math: 1}", measured, "stages=[sft]")
     plan(tmp_path, f"{data}, options: {EXACT}", f"{measured}, options: {EXACT}")
     plan(tmp_path, data, measured, "equivalence_judge={url: 'http://j:1'}")
     plan(tmp_path, "domains: {long_context: 1}")  # generated tasks have exact answers
