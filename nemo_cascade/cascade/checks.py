@@ -15,6 +15,7 @@ from nemo_cascade.config.paths import hf_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.types import UserError
 
@@ -65,8 +66,11 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
     for name, whole, key, divisor in parts:
         if whole % divisor:
             raise UserError(f"{origin}: key {key!r}: the model's {name} {whole} is not a multiple of {divisor}")
-    if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
+    profile = profile_of(hardware.precision)
+    if profile.needs_te and hardware.layer_spec != "te":
         raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if profile.emulated and hardware.layer_spec != "local":
+        raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec local")
     if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
         raise UserError(f"{origin}: key 'sampler_url' is missing; sampler remote needs the address of a service")
 

@@ -18,15 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import export_dtype, kind_of
 from nemo_cascade.models.hf_folder import INDEX, SINGLE, content_sha256, read_header
 from nemo_cascade.models.names import slots
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.types import Json, UserError
 
 SHARD_BYTES = 4 * 1024**3
-DTYPE_POLICIES = ("fp32", "bf16")
-# kept fp32 in a bf16 export: routing decides on small differences, and the decay is exp of exp
-_FP32_ENDINGS = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "generation_config.json", "configuration_nemotron_h.py", "modeling_nemotron_h.py",
@@ -123,11 +121,13 @@ def _stored(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def as_policy(name: str, tensor: torch.Tensor, dtype_policy: str) -> torch.Tensor:
-    """The dtype in which an export stores a tensor: fp32 stores all in fp32, bf16 keeps only the sensitive ones so."""
-    if dtype_policy not in DTYPE_POLICIES:
-        raise UserError(f"precision_export: {dtype_policy!r} is not one of {', '.join(DTYPE_POLICIES)}")
-    keep = dtype_policy == "fp32" or name.endswith(_FP32_ENDINGS)
-    return tensor.to(torch.float32 if keep else torch.bfloat16)
+    """A tensor as an export stores it: fp32 stores all in fp32, bf16 only those that models/dtypes.py keeps wide."""
+    return tensor.to(getattr(torch, export_dtype(kind_of(name), dtype_policy)))
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """`float32` of torch.float32: the names that models/dtypes.py uses, which knows no torch."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def save_folder(

@@ -16,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemo_cascade.models.fp8_emulation import BlockRecipe, expert_products
+
 
 class _GroupedSquaredReluMLP(torch.autograd.Function):
     """y_t = p_t down_e relu(up_e x_t)^2, tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
@@ -73,6 +75,7 @@ class LocalExperts(MegatronModule):
         self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any
     ) -> None:
         super().__init__(config)
+        self.fp8: BlockRecipe | None = None  # set where a profile emulates FP8
         width, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
         self.up = torch.nn.Parameter(torch.empty(num_local_experts, width, hidden, dtype=dtype))
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
@@ -87,10 +90,10 @@ class LocalExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """Tokens sorted by expert [T, hidden] -> the same rows, already weighted by the router."""
         probs = permuted_probs.to(permuted_local_hidden_states.dtype)
-        out = _GroupedSquaredReluMLP.apply(
-            permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist()
-        )
-        return out, None
+        operands = (permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist())
+        if self.fp8 is not None:
+            return expert_products(*operands, self.fp8), None
+        return _GroupedSquaredReluMLP.apply(*operands), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import kind_of, learner_dtype
+
+if TYPE_CHECKING:
+    from nemo_cascade.models.nemotron_h import NemotronH
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Piece:
 class Slot:
     """One Hugging Face tensor: pieces stacked along dimension 0, or nothing where another rank holds it.
 
-    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one).
+    `stage` is the pipeline stage and `expert_rank` the expert-parallel rank that holds it (None: every one); `dtype` is
+    what the holder sends.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +91,7 @@ def _from(owner: int, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return tensor
 
 
-def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str, Slot]]:
+def slots(model: NemotronH, config: NemotronHConfig) -> Iterator[tuple[str, Slot]]:
     """Every tensor of the checkpoint in the order of `config.tensor_shapes()`, which is the same on all ranks."""
     shapes = config.tensor_shapes()
     local = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -98,10 +104,11 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         "lm_head.weight": ("output_layer.weight", 0, stages - 1),
     }
     for name, shape in shapes.items():
+        dtype = getattr(torch, learner_dtype(kind_of(name), model.precision, model.layer_spec))
         if name in ends:
             megatron, dim, stage = ends[name]
             pieces = (_whole(local[megatron], dim),) if stage == here else ()
-            yield name, Slot(shape, pieces, stage)
+            yield name, Slot(shape, pieces, stage, dtype=dtype)
             continue
         index, rest = name.removeprefix("backbone.layers.").split(".", 1)
         stage = int(index) // per_stage
@@ -111,7 +118,7 @@ def slots(model: torch.nn.Module, config: NemotronHConfig) -> Iterator[tuple[str
         kind = config.hybrid_override_pattern[int(index)]
         owner = _expert_owner(rest, config)
         pieces = layer.pieces(kind, rest) if layer else ()
-        yield name, Slot(shape, pieces, stage, owner)
+        yield name, Slot(shape, pieces, stage, owner, dtype)
 
 
 def _expert_owner(rest: str, config: NemotronHConfig) -> int | None:

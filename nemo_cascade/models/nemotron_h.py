@@ -15,8 +15,9 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from nemo_cascade.models import cpu
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.packed import PackedRow, packed_row
-from nemo_cascade.models.precision import transformer_options
+from nemo_cascade.models.precision import BF16_LAYERS, apply, transformer_options
 from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
@@ -29,12 +30,16 @@ PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
 class NemotronH(MambaModel):
     """The policy: MambaModel whose input is one packed row of tokens.
 
-    `hf_config` is the architecture; `config` is Megatron's TransformerConfig.
+    `hf_config` is the architecture; `config` is Megatron's TransformerConfig; `precision` and `layer_spec` are those of
+    the hardware file and say which dtype each tensor has (models/dtypes.py).
     """
 
-    def __init__(self, hf_config: NemotronHConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, hf_config: NemotronHConfig, precision: str = "fp32", layer_spec: str = "local", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.hf_config = hf_config
+        self.precision, self.layer_spec = precision, layer_spec
 
     def packed_row(self, cu_seqlens: torch.Tensor) -> PackedRow:
         """The boundaries of a packed row in the form that `forward` takes as `packed_seq_params`."""
@@ -61,16 +66,17 @@ class NemotronH(MambaModel):
     def _filled(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The row with one sequence of padding at its end where the ranks need it, else as it is.
 
-        Sequence parallelism cuts the row evenly over tensor-parallel ranks, and the allgather dispatcher joins rows of
-        equal length from all expert-parallel ranks.
+        Sequence parallelism cuts the row evenly over tensor-parallel ranks, the allgather dispatcher joins rows of
+        equal length from all expert-parallel ranks, and FP8 sums over whole blocks of tokens.
         """
-        ranks, experts = self.pg_collection.tp.size(), self.pg_collection.ep
+        multiple = self.pg_collection.tp.size() * profile_of(self.precision).token_multiple
+        experts = self.pg_collection.ep
         count = tokens_T.shape[0]
         wanted = torch.tensor([count])
         if experts.size() > 1:
             wanted = wanted.to(tokens_T.device)
             torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX, group=experts)
-        extra = -(-int(wanted) // ranks) * ranks - count
+        extra = -(-int(wanted) // multiple) * multiple - count
         if extra == 0:
             return tokens_T, cu_seqlens
         padding = tokens_T.new_full((extra,), self.hf_config.pad_token_id)
@@ -78,7 +84,11 @@ class NemotronH(MambaModel):
 
 
 def transformer_config(
-    config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local"
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
 ) -> TransformerConfig:
     """Megatron's names for the same architecture (method 8.3, CONFIG mapping pairs)."""
     cuda = torch.cuda.is_available()
@@ -129,7 +139,7 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
-        **transformer_options(precision, spec),
+        **transformer_options(precision, spec, bf16_layers),
     )
 
 
@@ -140,10 +150,17 @@ def _output_init(config: NemotronHConfig) -> Any:
     return scaled_init_method_normal(config.initializer_range, config.num_hidden_layers, 2.0)
 
 
-def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local") -> NemotronH:
+def build(
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
+) -> NemotronH:
     """This rank's part of a randomly initialised policy; `learner.parallel.start` must have run with the same layout.
 
-    The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
+    The random weights follow torch's seed. `bf16_layers` at each end are left out of FP8. Raises UserError where a
+    layout does not divide the model.
     """
     _check_layout(config, layout)
     cpu.install()
@@ -155,7 +172,9 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
         )
     model = NemotronH(
         config,
-        config=transformer_config(config, layout, precision, spec),
+        precision,
+        spec,
+        config=transformer_config(config, layout, precision, spec, bf16_layers),
         mamba_stack_spec=layer_spec(spec, config),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position_embeddings,
@@ -164,6 +183,7 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
         post_process=parallel_state.is_pipeline_last_stage(),
         pg_collection=groups,
     )
+    apply(model, precision, spec)
     if torch.cuda.is_available():
         model.cuda()
     return model
