@@ -40,8 +40,8 @@ class Rounding:
             return
         if self.engine not in kind.rounded_by:
             raise UserError(
-                f"refit: engine {self.engine} holds {name} in {engine_dtype(kind, self.engine)}, which would round what "
-                "the Learner holds; set hardware.precision: bf16, or hardware.sampler: local"
+                f"refit: engine {self.engine} holds {name} in {engine_dtype(kind, self.engine)}, which would round "
+                "what the Learner holds; set hardware.precision: bf16, or hardware.sampler: local"
             )
         self.rounded.append(kind.name)
 

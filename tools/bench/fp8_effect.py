@@ -3,9 +3,9 @@
     python -m tools.bench.fp8_effect [--sft-steps 100] [--grpo-steps 20] [--json FILE] [--write] [--out FOLDER]
 
 One table: log-probability drift and routing flips of the shipped base on answers that it sampled itself, the loss of a
-short SFT run (same data, same seed, same start) and the reward of a short GRPO run from one SFT checkpoint, each profile
-next to fp32. FP8 is the emulation of models/fp8_emulation.py, once with the two layers at each end in bf16 as the
-profiles say and once with every layer in FP8, because nano has only six. `--write` puts the table into
+short SFT run (same data, same seed, same start) and the reward of a short GRPO run from one SFT checkpoint, each
+profile next to fp32. FP8 is the emulation of models/fp8_emulation.py, once with the two layers at each end in bf16 as
+the profiles say and once with every layer in FP8, because nano has only six. `--write` puts the table into
 docs/precision.md. Runs that are done in `--out` are not run again.
 """
 

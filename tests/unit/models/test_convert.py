@@ -81,7 +81,7 @@ def test_the_hash_sees_one_changed_value(model: NemotronH, config: NemotronHConf
     assert convert.save_folder(model, config, tmp_path / "hf") != first
 
 
-def test_bf16_export_keeps_routing_decay_and_norms_in_fp32(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
+def test_bf16_export_keeps_what_decides_in_fp32(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
     convert.save_folder(model, config, tmp_path, dtype_policy="bf16")
     kept = {
         name.split("mixer.")[-1] for name, header in hf_folder.read_header(tmp_path).items() if header.dtype == "F32"

@@ -13,6 +13,7 @@ from nemo_cascade.models.decode_native import _blob
 from nemo_cascade.refit.rounding import Rounding
 from nemo_cascade.types import UserError
 from tests.unit.rollout.standins import random_weights, tiny_config
+from tools.precision_table import PAGE, render
 
 
 def test_every_tensor_of_the_published_model_is_of_one_kind() -> None:
@@ -51,7 +52,8 @@ def test_an_export_keeps_what_the_learner_keeps_wide() -> None:
 
 
 def test_transformer_engine_keeps_norms_beside_their_products() -> None:
-    norm, router = dtypes.kind_of("backbone.layers.0.norm.weight"), dtypes.kind_of("backbone.layers.1.mixer.gate.weight")
+    norm = dtypes.kind_of("backbone.layers.0.norm.weight")
+    router = dtypes.kind_of("backbone.layers.1.mixer.gate.weight")
     assert dtypes.learner_dtype(norm, "hopper_fp8", "te") == "bfloat16"
     assert dtypes.learner_dtype(router, "hopper_fp8", "te") == "float32"
 
@@ -87,3 +89,8 @@ def test_a_refit_counts_what_an_engine_rounds_and_refuses_the_rest(caplog: pytes
         theirs.add("lm_head.weight", third)
     with pytest.raises(UserError, match="'vllm' is not one of local, trtllm"):
         Rounding("vllm")
+
+
+def test_the_page_shows_the_table() -> None:
+    assert render() in PAGE.read_text(encoding="utf-8"), "run python -m tools.precision_table --write"
+    assert "| norm | fp32 | fp32 | fp32 | fp32 | fp32 | fp32 | fp32 |" in render()
