@@ -18,6 +18,7 @@ from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage,
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models import layout_rules
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.rollout import trtllm
@@ -62,8 +63,11 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
             f"{origin}: key 'context_parallel': {hardware.context_parallel} needs layer_spec local; Megatron's own "
             f"{hardware.layer_spec} layers cut packed rows in another way"
         )
-    if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
+    profile = profile_of(hardware.precision)
+    if profile.needs_te and hardware.layer_spec != "te":
         raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if profile.emulated and hardware.layer_spec != "local":
+        raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec local")
     if problem := layout_rules.fp8_problem(model, hardware.tensor_parallel, hardware.precision):
         raise UserError(f"{origin}: key 'precision': {problem}")
     if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
@@ -71,9 +75,17 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
 
 
 def exemptions(hardware: HardwareConfig, model: NemotronHConfig) -> Iterator[str]:
-    """The layers that stay bf16 under an FP8 precision, one line each with the reason."""
-    for module, reason in layout_rules.fp8_exempt(model, hardware.tensor_parallel, hardware.precision).items():
-        yield f"{hardware.precision}: {module} stays bf16: {reason}"
+    """The layers that stay bf16 under an FP8 precision, one line each with the reason.
+
+    Its emulation rounds them, too; then the lines say where it shows more than the GPU would do.
+    """
+    profile = profile_of(hardware.precision)
+    real = hardware.precision.removesuffix("_emulated")
+    for module, reason in layout_rules.fp8_exempt(model, hardware.tensor_parallel, real).items():
+        if profile.emulated:
+            yield f"{hardware.precision}: {module} is rounded, {real} leaves it bf16: {reason}"
+        else:
+            yield f"{hardware.precision}: {module} stays bf16: {reason}"
 
 
 def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:

@@ -259,6 +259,9 @@ class MopdConfig(RolloutStage):
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}
 
 
+PRECISIONS = ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8", "hopper_fp8_emulated", "blackwell_mxfp8_emulated")
+
+
 @dataclass
 class HardwareConfig:
     """Where and how: ranks, layout, precision and the backends. One file per machine in conf/hardware."""
@@ -273,7 +276,8 @@ class HardwareConfig:
     context_parallel: int = 1
     distributed_optimizer: bool = False  # cut optimizer state and gradient sums over the data-parallel ranks
     layer_spec: str = "local"  # local | te
-    precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8
+    precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8, or one of these two with _emulated
+    fp8_bf16_layers: int = 2  # layers at each end of the model that FP8 leaves in bf16
     sampler: str = "local"  # local | remote | trtllm
     sampler_url: Optional[str] = None
     refit: str = "memory"  # memory | files
@@ -284,7 +288,8 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         choose("hardware.layer_spec", self.layer_spec, ("local", "te"))
-        choose("hardware.precision", self.precision, ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8"))
+        choose("hardware.precision", self.precision, PRECISIONS)
+        at_least("hardware.fp8_bf16_layers", self.fp8_bf16_layers, 0)
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
         choose("hardware.refit", self.refit, ("memory", "files"))
         at_least("hardware.reward_workers", self.reward_workers, 1)

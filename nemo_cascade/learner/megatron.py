@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -28,19 +29,23 @@ from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
 from nemo_cascade.learner.schedule import learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.learner.training_state import training_state
-from nemo_cascade.models import convert
+from nemo_cascade.models import convert, dtypes
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence
 
+LOG = logging.getLogger(__name__)
+
 
 def check_hardware(hardware: HardwareConfig) -> None:
     """Refuse what this Learner would not do, before anything is built."""
-    if hardware.precision != "fp32" and not torch.cuda.is_available():
+    if profile_of(hardware.precision).needs_te and not torch.cuda.is_available():
         raise UserError(
-            f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32"
+            f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32, or to "
+            f"{hardware.precision}_emulated to see what FP8 does"
         )
     if hardware.layer_spec == "te" and not torch.cuda.is_available():
         raise UserError(
@@ -67,7 +72,7 @@ class MegatronLearner:
     `policy` is the NeMo model, `model` the Megatron-core network in it, `trainer` its gradient buffers and optimizer.
 
     `update` gives the same step for every parallel layout and every micro-batch size, up to the rounding of sums. fp8
-    and bf16 are refused where there is no GPU.
+    without Transformer Engine is refused unless emulated.
     """
 
     def __init__(
@@ -84,7 +89,9 @@ class MegatronLearner:
         # Imported here: nemo.core takes seconds, and whoever only wants the settings need not wait.
         from nemo_cascade.models.cascade_model import CascadeModel, model_config
 
-        self.policy = CascadeModel(model_config(config, layout, hardware.precision, hardware.layer_spec))
+        self.policy = CascadeModel(
+            model_config(config, layout, hardware.precision, hardware.layer_spec, hardware.fp8_bf16_layers)
+        )
         self.model: NemotronH = self.policy.model
         if init_folder is not None:
             self._read(init_folder)
@@ -144,8 +151,14 @@ class MegatronLearner:
         return own.unpack(pipeline.from_last_stage(values_B_T)[: len(packed.order)])
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time."""
-        yield from convert.export_weights(self.model, self.config)
+        """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time.
+
+        Each has the dtype that models/dtypes.py gives it under this precision; another one is an error.
+        """
+        hardware = self.settings.hardware
+        for name, tensor in convert.export_weights(self.model, self.config):
+            dtypes.expect(name, convert.dtype_name(tensor), hardware.precision, hardware.layer_spec)
+            yield name, tensor
 
     def using(self, folder: str) -> AbstractContextManager[None]:
         """Inside the context the parameters are those of a Hugging Face folder; after it, bit-exact the policy's."""
@@ -171,16 +184,25 @@ class MegatronLearner:
         return meta["step"]
 
     def export(self, folder: str) -> str:
-        """Write a Hugging Face folder; returns its content sha256."""
+        """Write a Hugging Face folder; returns its content sha256. What `precision_export` rounds is logged."""
         self._own_weights("export")
-        settings, shas = self.settings, []
+        settings, shas, rounded = self.settings, [], []
+
+        def exported() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in self.weights():
+                kind = dtypes.kind_of(name)
+                if dtypes.narrower(dtypes.export_dtype(kind, settings.precision_export), convert.dtype_name(tensor)):
+                    rounded.append(kind.name)
+                yield name, tensor
 
         def write() -> None:
             shas.append(
-                convert.save_folder(self.model, self.config, folder, settings.precision_export, settings.tokenizer)
+                convert.save_folder(exported(), self.config, folder, settings.precision_export, settings.tokenizer)
             )
 
         fail_together(attempt(write, Path(folder), "the exported weights"))
+        if rounded and torch.distributed.get_rank() == 0:
+            LOG.info("precision_export: %s rounds %s", settings.precision_export, dtypes.summary(rounded))
         return gathered(shas[0], everyone=True)[0]
 
     def _read(self, folder: str) -> None:

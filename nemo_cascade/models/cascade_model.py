@@ -23,6 +23,7 @@ from nemo_cascade.models import convert, cpu, nemotron_h, parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.models.parallel import ParallelLayout
+from nemo_cascade.models.precision import BF16_LAYERS
 from nemo_cascade.types import Sequence, UserError
 
 if TYPE_CHECKING:
@@ -39,10 +40,19 @@ if ALLOWED_PREFIX not in nemo_common.ALLOWED_TARGET_PREFIXES:
 
 
 def model_config(
-    config: NemotronHConfig, layout: ParallelLayout | None = None, precision: str = "fp32", spec: str = "local"
+    config: NemotronHConfig,
+    layout: ParallelLayout | None = None,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
 ) -> DictConfig:
     """The config of a CascadeModel: the architecture, how it is cut, its precision and its layer spec."""
-    content = {"architecture": dataclasses.asdict(config), "precision": precision, "layer_spec": spec}
+    content = {
+        "architecture": dataclasses.asdict(config),
+        "precision": precision,
+        "layer_spec": spec,
+        "fp8_bf16_layers": bf16_layers,
+    }
     if layout is not None:
         content["layout"] = dataclasses.asdict(layout)
     return OmegaConf.create(content)
@@ -73,7 +83,11 @@ class CascadeModel(ModelPT):
             parallel.start(self.layout, seed=int(cfg.get("seed", 1)))
         super().__init__(cfg=cfg, trainer=trainer)
         self.model = nemotron_h.build(
-            self.hf_config, self.layout, str(cfg.get("precision", "fp32")), str(cfg.get("layer_spec", "local"))
+            self.hf_config,
+            self.layout,
+            str(cfg.get("precision", "fp32")),
+            str(cfg.get("layer_spec", "local")),
+            int(cfg.get("fp8_bf16_layers", BF16_LAYERS)),
         )
 
     @classmethod

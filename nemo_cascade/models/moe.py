@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemo_cascade.models.fp8_emulation import BlockRecipe, expert_products
 from nemo_cascade.models.sharding import stacked_experts
 
 
@@ -78,6 +79,7 @@ class LocalExperts(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.pg_collection = pg_collection
+        self.fp8: BlockRecipe | None = None  # set where a profile emulates FP8
         width, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
         self.up = torch.nn.Parameter(torch.empty(num_local_experts, width, hidden, dtype=dtype))
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
@@ -95,10 +97,10 @@ class LocalExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """Tokens sorted by expert [T, hidden] -> the same rows, already weighted by the router."""
         probs = permuted_probs.to(permuted_local_hidden_states.dtype)
-        out = _GroupedSquaredReluMLP.apply(
-            permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist()
-        )
-        return out, None
+        operands = (permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist())
+        if self.fp8 is not None:
+            return expert_products(*operands, self.fp8), None
+        return _GroupedSquaredReluMLP.apply(*operands), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""

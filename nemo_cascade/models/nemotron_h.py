@@ -17,16 +17,16 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 from nemo_cascade.models import cpu, layout_rules
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.context import RowCut
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.moe import counting_only
 from nemo_cascade.models.packed import PackedRow, packed_row
-from nemo_cascade.models.precision import transformer_options
+from nemo_cascade.models.precision import BF16_LAYERS, apply, check_installed, transformer_options
 from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
     from nemo_cascade.models.parallel import ParallelLayout
 
-PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Row:
 class NemotronH(MambaModel):
     """The policy: MambaModel whose input is one packed row of tokens.
 
-    `hf_config` is the architecture; `config` is Megatron's TransformerConfig.
+    `hf_config` is the architecture; `config` is Megatron's TransformerConfig; `precision` and `layer_spec` are those of
+    the hardware file and say which dtype each tensor has (models/dtypes.py).
     """
 
-    def __init__(self, hf_config: NemotronHConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, hf_config: NemotronHConfig, precision: str = "fp32", layer_spec: str = "local", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.hf_config = hf_config
+        self.precision, self.layer_spec = precision, layer_spec
 
     def row(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True) -> Row:
         """A packed row as this rank computes it. Collective where experts are spread over ranks.
@@ -113,11 +117,12 @@ class NemotronH(MambaModel):
     def _filled(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The row with one sequence of padding at its end where the ranks need it, else as it is.
 
-        Sequence and context parallelism cut the row evenly, and the allgather dispatcher joins rows of equal length
-        from all expert-parallel ranks.
+        Sequence and context parallelism cut the row evenly, the allgather dispatcher joins rows of equal length from
+        all expert-parallel ranks, and FP8 sums over whole blocks of the tokens that a rank holds.
         """
         context, experts = self.pg_collection.cp.size(), self.pg_collection.ep
-        multiple = self.pg_collection.tp.size() * (2 * context if context > 1 else 1)
+        pieces = self.pg_collection.tp.size() * (2 * context if context > 1 else 1)
+        multiple = pieces * profile_of(self.precision).token_multiple
         count = tokens_T.shape[0]
         wanted = torch.tensor([count])
         if experts.size() > 1:
@@ -131,7 +136,11 @@ class NemotronH(MambaModel):
 
 
 def transformer_config(
-    config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local"
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
 ) -> TransformerConfig:
     """Megatron's names for the same architecture (method 8.3, CONFIG mapping pairs)."""
     cuda = torch.cuda.is_available()
@@ -182,7 +191,9 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
-        **transformer_options(precision, spec, layout_rules.fp8_exempt(config, layout.tensor, precision)),
+        **transformer_options(
+            precision, spec, layout_rules.fp8_exempt(config, layout.tensor, precision), bf16_layers
+        ),
     )
 
 
@@ -193,12 +204,20 @@ def _output_init(config: NemotronHConfig) -> Any:
     return scaled_init_method_normal(config.initializer_range, config.num_hidden_layers, 2.0)
 
 
-def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local") -> NemotronH:
+def build(
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
+) -> NemotronH:
     """This rank's part of a randomly initialised policy; `learner.parallel.start` must have run with the same layout.
 
-    The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
+    The random weights follow torch's seed. `bf16_layers` at each end are left out of FP8. Raises UserError where a
+    layout does not divide the model.
     """
     _check_layout(config, layout, spec)
+    check_installed(precision, spec)
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     started = (groups.tp.size(), groups.ep.size(), groups.pp.size(), groups.cp.size())
@@ -209,7 +228,9 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
         )
     model = NemotronH(
         config,
-        config=transformer_config(config, layout, precision, spec),
+        precision,
+        spec,
+        config=transformer_config(config, layout, precision, spec, bf16_layers),
         mamba_stack_spec=layer_spec(spec, config),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position_embeddings,
@@ -221,6 +242,7 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
     # Stages tell each other the length of every row. Set here because TransformerConfig would refuse it together with
     # the allgather dispatcher, which needs equal rows over expert-parallel ranks only: `NemotronH.row` pads to that.
     model.config.variable_seq_lengths = layout.pipeline > 1
+    apply(model, precision, spec)
     if torch.cuda.is_available():
         model.cuda()
     return model
