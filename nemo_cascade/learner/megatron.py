@@ -16,6 +16,7 @@ import torch  # isort: skip
 from megatron.core import parallel_state
 
 from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.algorithms.schedule import check_schedule, learning_rate
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.data.packing import Packed, pack, to_batch
 from nemo_cascade.learner import checkpoint
@@ -23,7 +24,6 @@ from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
-from nemo_cascade.learner.schedule import check_schedule, learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig

@@ -1,7 +1,7 @@
 import pytest
 
+from nemo_cascade.algorithms.schedule import check_schedule, learning_rate
 from nemo_cascade.config.schema import OptimizerConfig
-from nemo_cascade.learner.schedule import check_schedule, learning_rate
 from nemo_cascade.types import UserError
 
 
