@@ -97,11 +97,26 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
+        _check_replay(stage, loaded.hardware, model, origin)
         if needs_judge(stage) and (stage.judge is None or not (stage.judge.serve or stage.judge.url)):
             raise UserError(
                 f"{origin}: key 'judge' is missing; groups of domain 'preference' are compared by a judge: set "
                 "judge.serve (hf:nano_judge, hf:PATH) or judge.url here or in the cascade file"
             )
+
+
+def _check_replay(stage: RolloutStage, hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
+    """Routing replay travels with a row through one forward call, which pipeline and context parallelism cut apart."""
+    for section in ("loss", "distill"):
+        replay = getattr(getattr(stage, section, None), "routing_replay", "none")
+        if replay == "none":
+            continue
+        where = f"{origin}: key '{section}.routing_replay': {replay}"
+        for key in ("pipeline_parallel", "context_parallel"):
+            if getattr(hardware, key) > 1:
+                raise UserError(f"{where} does not work with hardware {key} above 1; set it to none")
+        if model.n_routed_experts > 255:
+            raise UserError(f"{where} keeps expert numbers in a byte, the model has {model.n_routed_experts} experts")
 
 
 def needs_judge(stage: StageBase) -> bool:

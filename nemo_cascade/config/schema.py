@@ -105,11 +105,13 @@ class LossConfig:
     importance_low: float = 0.5
     importance_high: float = 2.0
     max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens
+    routing_replay: str = "none"  # none | learner | sampler: whose choice of experts the update uses
 
     def __post_init__(self) -> None:
         choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
         choose("loss.kl_type", self.kl_type, ("k1", "k2", "k3"))
         choose("loss.importance", self.importance, ("none", "tis", "icepop"))
+        choose("loss.routing_replay", self.routing_replay, ("none", "learner", "sampler"))
 
 
 @dataclass
@@ -121,9 +123,11 @@ class DistillConfig:
     importance_high: float = 2.0
     clip_advantage: Optional[float] = None  # |a_t| bound; the paper has none
     max_masked_share: float = 0.5
+    routing_replay: str = "none"  # as in loss
 
     def __post_init__(self) -> None:
         choose("distill.kind", self.kind, ("sampled", "full_vocab"))
+        choose("distill.routing_replay", self.routing_replay, ("none", "learner", "sampler"))
 
 
 @dataclass
@@ -288,6 +292,7 @@ class HardwareConfig:
     context_parallel: int = 1
     layer_spec: str = "local"  # local | te
     precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8
+    moe_dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto (alltoall on a GPU)
     sampler: str = "local"  # local | remote | trtllm
     sampler_url: Optional[str] = None
     refit: str = "memory"  # memory | files
@@ -298,6 +303,7 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         choose("hardware.layer_spec", self.layer_spec, ("local", "te"))
         choose("hardware.precision", self.precision, ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8"))
+        choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "allgather", "alltoall"))
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
         choose("hardware.refit", self.refit, ("memory", "files"))
 

@@ -11,7 +11,8 @@ import torch
 
 from nemo_cascade.algorithms.kept import Distribution, logprobs_and_entropy
 from nemo_cascade.models.nemotron_h import NemotronH
-from nemo_cascade.types import Batch, Sequence
+from nemo_cascade.models.routing import NO_CHOICE, Routing
+from nemo_cascade.types import Batch, Sequence, UserError
 
 # What a rank runs when another one has more micro-batches and experts are spread over both: nothing of it is trained.
 FILLER = Sequence(
@@ -20,7 +21,7 @@ FILLER = Sequence(
 
 
 def target_logprobs(
-    model: NemotronH, batch: Batch, distribution: Distribution, everywhere: bool
+    model: NemotronH, batch: Batch, distribution: Distribution, everywhere: bool, routing: Routing | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `targets_T` and entropies, both [T], in nats, of the distribution that samples.
 
@@ -29,11 +30,11 @@ def target_logprobs(
     """
     if everywhere:
         return logprobs_and_entropy(
-            model.packed_logits(batch.tokens_T, batch.cu_seqlens), batch.targets_T, distribution
+            model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing), batch.targets_T, distribution
         )
     rows_N = batch.loss_mask_T.nonzero()[:, 0]
     with output_rows(model, rows_N):
-        logits_NV = model.packed_logits(batch.tokens_T, batch.cu_seqlens)
+        logits_NV = model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing)
     if logits_NV.shape[0] != rows_N.shape[0]:
         logits_NV = logits_NV.index_select(0, rows_N)
     logprobs_N, entropy_N = logprobs_and_entropy(logits_NV, batch.targets_T[rows_N], distribution)
@@ -41,10 +42,39 @@ def target_logprobs(
     return empty_T.index_copy(0, rows_N, logprobs_N), empty_T.index_copy(0, rows_N, entropy_N)
 
 
-def vocabulary_logprobs(model: NemotronH, batch: Batch, temperature: float) -> torch.Tensor:
+def vocabulary_logprobs(
+    model: NemotronH, batch: Batch, temperature: float, routing: Routing | None = None
+) -> torch.Tensor:
     """Log-probabilities [T, V] of the whole vocabulary at every position."""
-    logits_TV = model.packed_logits(batch.tokens_T, batch.cu_seqlens)
+    logits_TV = model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing)
     return torch.log_softmax(logits_TV if temperature == 1.0 else logits_TV / temperature, dim=-1)
+
+
+def replayed(model: NemotronH, batch: Batch) -> Routing | None:
+    """What the routers must choose in this micro-batch; None where the sequences leave it to them."""
+    given_TC = batch.routed_experts_TC
+    if given_TC is None:
+        return None
+    config = model.hf_config
+    layers, chosen = len(config.layers("E")), config.num_experts_per_tok
+    if given_TC.shape[1] != layers * chosen:
+        raise UserError(
+            f"routing_replay: {given_TC.shape[1]} experts a token were recorded, the model uses {layers} layers of "
+            f"top-{chosen}; the rollouts are of another model"
+        )
+    return Routing(given_TC.view(-1, layers, chosen))
+
+
+@torch.no_grad()
+def routed(model: NemotronH, batch: Batch) -> list[bytes]:
+    """The experts that the model chooses for the tokens of each sequence, uint8 [tokens, MoE layers, top-k]."""
+    if model.hf_config.n_routed_experts > NO_CHOICE:
+        raise UserError(f"routing_replay: expert numbers are bytes, the model has {model.hf_config.n_routed_experts}")
+    routing = Routing()
+    with output_rows(model, batch.cu_seqlens[:1].long()):  # no logits are read
+        model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing)
+    sizes = torch.diff(batch.cu_seqlens).tolist()
+    return [part.contiguous().cpu().numpy().tobytes() for part in routing.chosen().split(sizes)]
 
 
 @contextlib.contextmanager

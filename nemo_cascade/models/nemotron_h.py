@@ -22,6 +22,7 @@ from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
     from nemo_cascade.models.parallel import ParallelLayout
+    from nemo_cascade.models.routing import Routing
 
 PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
 
@@ -40,19 +41,26 @@ class NemotronH(MambaModel):
         """The boundaries of a packed row in the form that `forward` takes as `packed_seq_params`."""
         return packed_row(cu_seqlens, self.hf_config.chunk_size)
 
-    def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, gather: bool = True) -> torch.Tensor:
+    def packed_logits(
+        self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, gather: bool = True, routing: Routing | None = None
+    ) -> torch.Tensor:
         """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
 
-        `gather` False keeps this tensor-parallel rank's slice of the vocabulary. Not for pipeline stages: there
-        Megatron's schedules call `forward` with `self.packed_row(cu_seqlens)`.
+        `gather` False keeps this tensor-parallel rank's slice of the vocabulary. `routing` records this call's experts
+        or replays others. Not for pipeline stages: there Megatron's schedules call `forward` with
+        `self.packed_row(cu_seqlens)`.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
+        row = self.packed_row(cu_seqlens)
+        if routing is not None:
+            routing.begin(count, tokens_T.shape[0], self.hf_config.num_experts_per_tok, self.pg_collection.tp)
+            row.routing = routing
         logits = self(
             input_ids=tokens_T.unsqueeze(0),
             position_ids=None,
             attention_mask=None,
-            packed_seq_params=self.packed_row(cu_seqlens),
+            packed_seq_params=row,
         ).squeeze(0)[:count]
         if gather and parallel_state.get_tensor_model_parallel_world_size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits)
@@ -101,7 +109,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # the Learner calls moe.update_expert_bias with the stage's rate
-        moe_token_dispatcher_type="alltoall" if cuda else "allgather",
+        moe_token_dispatcher_type=layout.dispatcher_here(),
         moe_grouped_gemm=spec == "te",
         mamba_state_dim=config.ssm_state_size,
         mamba_head_dim=config.mamba_head_dim,

@@ -23,6 +23,7 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer, MixerShape, MixerSubmodules
 from nemo_cascade.models.moe import LocalExperts
 from nemo_cascade.models.norms import RMSNorm
+from nemo_cascade.models.routing import MoETransformerLayer
 from nemo_cascade.types import UserError
 
 
@@ -90,7 +91,8 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
                 ),
             ),
             moe_layer=ModuleSpec(
-                module=TransformerLayer,
+                module=MoETransformerLayer,
+                params={"moe_layers": tuple(layer + 1 for layer in config.layers("E"))},
                 submodules=TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
             ),
         ),
