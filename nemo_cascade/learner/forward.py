@@ -20,6 +20,10 @@ FILLER = Sequence(
 )
 
 
+PIECE = 8192
+"""Positions whose logits exist at once where no gradient is wanted: 98K of them over a vocabulary of 131K are 48 GiB."""
+
+
 def target_logprobs(
     model: NemotronH, batch: Batch, distribution: Distribution, everywhere: bool, routing: Routing | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +32,9 @@ def target_logprobs(
     With `everywhere` at every position; else only where `loss_mask_T` is 1, and 0 at the others, which skips the output
     layer for prompts.
     """
+    if everywhere and batch.tokens_T.shape[0] > PIECE and not model.config.sequence_parallel:
+        assert routing is None and not torch.is_grad_enabled()
+        return _logprobs_in_pieces(model, batch, distribution)
     if everywhere:
         return logprobs_and_entropy(
             model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing), batch.targets_T, distribution
@@ -40,6 +47,29 @@ def target_logprobs(
     logprobs_N, entropy_N = logprobs_and_entropy(logits_NV, batch.targets_T[rows_N], distribution)
     empty_T = torch.zeros_like(batch.loss_mask_T)
     return empty_T.index_copy(0, rows_N, logprobs_N), empty_T.index_copy(0, rows_N, entropy_N)
+
+
+def _logprobs_in_pieces(
+    model: NemotronH, batch: Batch, distribution: Distribution
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `target_logprobs` everywhere: the layers once, then the output layer over PIECE positions at a time."""
+    held: list[torch.Tensor] = []
+
+    def hold(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        held.append(args[0])
+        return (args[0][:1], *args[1:])
+
+    handle = model.output_layer.register_forward_pre_hook(hold)
+    try:
+        model.packed_logits(batch.tokens_T, batch.cu_seqlens)
+    finally:
+        handle.remove()
+    hidden_T1H = held[0][: batch.tokens_T.shape[0]]
+    found = []
+    for rows_N1H, targets_N in zip(hidden_T1H.split(PIECE), batch.targets_T.split(PIECE), strict=True):
+        logits_N1V, _ = model.output_layer(rows_N1H)
+        found.append(logprobs_and_entropy(logits_N1V[:, 0].float(), targets_N, distribution))
+    return torch.cat([logprobs_N for logprobs_N, _ in found]), torch.cat([entropy_N for _, entropy_N in found])
 
 
 def vocabulary_logprobs(

@@ -78,9 +78,7 @@ class LocalExperts(MegatronModule):
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
         for weight, init in ((self.up, config.init_method), (self.down, config.output_layer_init_method)):
             _fill(weight, init, pg_collection.ep.rank(), pg_collection.ep.size())
-            # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
-            # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
-            weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
+            weight.allreduce = counted_as_dense(pg_collection)  # type: ignore[attr-defined]
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
@@ -94,6 +92,15 @@ class LocalExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""
+
+
+def counted_as_dense(groups: ProcessGroupCollection) -> bool:
+    """Whether Megatron may sum experts' gradients like those of dense weights.
+
+    With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are summed
+    over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
+    """
+    return groups.ep.size() == 1 and groups.tp.size() == 1
 
 
 def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:

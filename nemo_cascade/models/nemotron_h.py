@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,6 +155,11 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
     The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
     """
     _check_layout(config, layout)
+    if spec == "te" and precision == "fp32":
+        raise UserError(
+            "hardware.layer_spec: te has no attention kernel for packed rows in fp32; set precision: bf16 or "
+            "layer_spec: local"
+        )
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if groups.tp.size() != layout.tensor or groups.ep.size() != layout.expert:
@@ -161,18 +167,20 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
             f"the ranks were started with tensor {groups.tp.size()} and expert {groups.ep.size()}, "
             f"the model is built for tensor {layout.tensor} and expert {layout.expert}; start them with one layout"
         )
-    model = NemotronH(
-        config,
-        config=transformer_config(config, layout, precision, spec),
-        mamba_stack_spec=layer_spec(spec, config),
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        hybrid_override_pattern=config.hybrid_override_pattern,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        pg_collection=groups,
-    )
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda") if cuda else contextlib.nullcontext():  # 30B random numbers take minutes on the host
+        model = NemotronH(
+            config,
+            config=transformer_config(config, layout, precision, spec),
+            mamba_stack_spec=layer_spec(spec, config),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            hybrid_override_pattern=config.hybrid_override_pattern,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            pg_collection=groups,
+        )
+    if cuda:
         model.cuda()
     return model
 

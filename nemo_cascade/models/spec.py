@@ -46,13 +46,13 @@ def layer_spec(name: str, config: NemotronHConfig) -> ModuleSpec:
     if name == "local":
         return _local_spec(config)
     if name == "te":
-        return _te_spec()
+        return _te_spec(config)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
 
 
-def _local_spec(config: NemotronHConfig) -> ModuleSpec:
-    """PyTorch mixers between Megatron's parallel linear layers."""
-    shape = MixerShape(
+def _mixer_shape(config: NemotronHConfig) -> MixerShape:
+    """What the mixers of both specs are told about the architecture."""
+    return MixerShape(
         conv_kernel=config.conv_kernel,
         chunk_size=config.chunk_size,
         time_step_min=config.time_step_min,
@@ -60,9 +60,13 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
         time_step_floor=config.time_step_floor,
         norm_eps=config.layer_norm_epsilon,
     )
+
+
+def _local_spec(config: NemotronHConfig) -> ModuleSpec:
+    """PyTorch mixers between Megatron's parallel linear layers."""
     mixer = ModuleSpec(
         module=Mamba2Mixer,
-        params={"shape": shape},
+        params={"shape": _mixer_shape(config)},
         submodules=MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
     )
     attention = ModuleSpec(
@@ -99,14 +103,13 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
     )
 
 
-def _te_spec() -> ModuleSpec:
-    """Megatron's own hybrid spec on Transformer Engine and mamba-ssm kernels."""
-    for package in ("transformer_engine", "mamba_ssm"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"hardware.layer_spec: te needs the package {package}, which is not installed; "
-                "run in the GPU container or set layer_spec: local"
-            )
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+def _te_spec(config: NemotronHConfig) -> ModuleSpec:
+    """Transformer Engine's layers (`te.py`), where it is installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; "
+            "run in the GPU container or set layer_spec: local"
+        )
+    from nemo_cascade.models.te import te_spec
 
-    return mamba_stack_spec
+    return te_spec(config, _mixer_shape(config))
