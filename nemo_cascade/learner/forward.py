@@ -21,7 +21,7 @@ FILLER = Sequence(
 
 
 PIECE = 8192
-"""Positions whose logits exist at once where no gradient is wanted: 98K of them over a vocabulary of 131K are 48 GiB."""
+"""Positions whose logits exist at once where no gradient is wanted: 98K over a vocabulary of 131K are 48 GiB."""
 
 
 def target_logprobs(

@@ -4,8 +4,8 @@ Not megatron-core's mamba_stack_spec, for two reasons. Its TELayerNormColumnPara
 the first projection (`in_proj.layer_norm_weight`), so that its checkpoints and those of the local spec have different
 names; here the norm is a module of its own in both and all names agree but those of the experts, where a grouped GEMM
 wants one tensor per expert (`names.py` knows both). And its MambaMixer keeps dt_bias in the parameters' dtype and
-refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the kernels where
-they are installed. The price: one more write and read of the normalised activations per layer.
+refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the kernels
+where they are installed. The price: one more write and read of the normalised activations per layer.
 
 Imported only where the spec is built: everything here needs Transformer Engine.
 """

@@ -1,6 +1,7 @@
-"""Transformer Engine's layers in plain PyTorch under its own names and arguments (2.11), so that megatron-core's wrappers
-and our te spec can be built and run where there is no GPU. It shows that names, arguments and the order of operations
-fit; what the real kernels compute, tests/gpu shows.
+"""Transformer Engine's layers in plain PyTorch under its own names and arguments (2.11).
+
+With it megatron-core's wrappers and our te spec can be built and run where there is no GPU. It shows that names,
+arguments and the order of operations fit; what the real kernels compute, tests/gpu shows.
 
 One file instead of a package: the submodules that megatron-core imports are registered at the end.
 """
