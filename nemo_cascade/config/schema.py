@@ -105,13 +105,13 @@ class LossConfig:
     importance_low: float = 0.5
     importance_high: float = 2.0
     max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens
-    routing_replay: str = "none"  # none | learner | sampler: whose choice of experts the update uses
+    routing_replay: str = "none"  # none | learner: the update uses the experts of a pass just before it
 
     def __post_init__(self) -> None:
         choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
         choose("loss.kl_type", self.kl_type, ("k1", "k2", "k3"))
         choose("loss.importance", self.importance, ("none", "tis", "icepop"))
-        choose("loss.routing_replay", self.routing_replay, ("none", "learner", "sampler"))
+        choose("loss.routing_replay", self.routing_replay, ("none", "learner"))
 
 
 @dataclass
@@ -127,7 +127,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         choose("distill.kind", self.kind, ("sampled", "full_vocab"))
-        choose("distill.routing_replay", self.routing_replay, ("none", "learner", "sampler"))
+        choose("distill.routing_replay", self.routing_replay, ("none", "learner"))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from nemo_cascade.protocols import Learner
-from nemo_cascade.types import Group, Invalid, UserError
+from nemo_cascade.types import Group, Invalid
 from nemo_cascade.types import Sequence as TokenSequence
 
 
@@ -54,19 +54,12 @@ def with_reference(sequences: Sequence[TokenSequence], learner: Learner, referen
 def with_routing(sequences: Sequence[TokenSequence], learner: Learner, replay: str) -> list[TokenSequence]:
     """The same sequences with the experts that the update must use (`loss.routing_replay`).
 
-    `learner`: what the policy chooses in a pass without gradient, just before the update; `sampler`: what the sampler
-    used when it drew the tokens; `none`: the update chooses.
+    `learner`: what the policy chooses in a pass without gradient, just before the update; `none`: the update chooses.
     """
-    if replay == "learner":
-        experts = learner.routing(sequences)
-        return [
-            dataclasses.replace(sequence, routed_experts=own) for sequence, own in zip(sequences, experts, strict=True)
-        ]
     if replay == "none":
-        return [dataclasses.replace(sequence, routed_experts=b"") for sequence in sequences]
-    if not all(sequence.routed_experts for sequence in sequences):
-        raise UserError("routing_replay: sampler, but the sampler reports no routed experts; set it to learner or none")
-    return list(sequences)
+        return list(sequences)
+    experts = learner.routing(sequences)
+    return [dataclasses.replace(sequence, routed_experts=own) for sequence, own in zip(sequences, experts, strict=True)]
 
 
 def with_teachers(sequences: Sequence[TokenSequence], folders: Iterable[str], learner: Learner) -> list[TokenSequence]:

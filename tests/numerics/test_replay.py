@@ -123,14 +123,11 @@ def test_long_rows_pass_the_output_layer_in_pieces(monkeypatch: pytest.MonkeyPat
 def test_modes_and_mistakes():
     rows, learner = share(0, 0, 1), build()
     own = with_routing(rows, learner, "learner")
-    assert with_routing(own, learner, "none") == rows
-    assert with_routing(own, learner, "sampler") == own
-    with pytest.raises(UserError, match="the sampler reports no routed experts; set it to learner or none"):
-        with_routing(rows, learner, "sampler")
+    assert with_routing(rows, learner, "none") == rows
     wide = [dataclasses.replace(row, routed_experts=bytes(6 * len(row.token_ids))) for row in rows]
     with pytest.raises(UserError, match="6 experts a token were recorded, the model uses 1 layers of top-2"):
         learner.update(wide, cross_entropy("token"))
     with pytest.raises(ValueError, match="routed_experts: 0 bytes for"):
         learner.update([own[0], rows[1]], cross_entropy("token"))
-    with pytest.raises(UserError, match="loss.routing_replay: 'r3' is not one of none, learner, sampler"):
+    with pytest.raises(UserError, match="loss.routing_replay: 'r3' is not one of none, learner"):
         LossConfig(routing_replay="r3")
