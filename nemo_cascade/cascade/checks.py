@@ -67,6 +67,8 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
             raise UserError(f"{origin}: key {key!r}: the model's {name} {whole} is not a multiple of {divisor}")
     if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
         raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if hardware.layer_spec == "te" and hardware.precision == "fp32":
+        raise UserError(f"{origin}: key 'layer_spec': te (Transformer Engine) has no fp32 attention for packed rows")
     if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
         raise UserError(f"{origin}: key 'sampler_url' is missing; sampler remote needs the address of a service")
 
