@@ -18,21 +18,22 @@ import torch  # isort: skip
 from megatron.core import parallel_state
 
 from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.algorithms.schedule import learning_rate
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
-from nemo_cascade.data.packing import Packed, pack, to_batch
+from nemo_cascade.data.packing import Packed, inputs_in_order, pack, to_batch
 from nemo_cascade.learner import checkpoint, pipeline
 from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.folder import attempt
-from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
+from nemo_cascade.learner.forward import FILLER, on_device, replayed, routed, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
-from nemo_cascade.learner.schedule import learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.learner.training_state import training_state
 from nemo_cascade.models import convert, dtypes
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.routing import Routing
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence
@@ -123,6 +124,8 @@ class MegatronLearner:
         trained = sum(sum(sequence.loss_mask[1:]) for sequence in sequences)
         own = combined([*parts, {"tokens": float(tokens), "trained_tokens": float(trained)}])
         metrics = combined(gathered(own))
+        if choices := metrics.pop("routing_choices", 0.0):
+            metrics["routing_flips"] /= choices  # share of the replayed experts that the routers would not choose now
         self._finite(metrics, norm)
         if objective.check is not None:
             objective.check(metrics)
@@ -149,6 +152,14 @@ class MegatronLearner:
         )
         own = Packed(packed.batches[: len(packed.order)], packed.order)
         return own.unpack(pipeline.from_last_stage(values_B_T)[: len(packed.order)])
+
+    def routing(self, sequences: Sequence[TokenSequence]) -> list[bytes]:
+        """The experts that the policy's routers choose for each token, for `Sequence.routed_experts`."""
+        self._own_weights("routing")
+        packed = self._even(pack(sequences, self.settings.micro_batch_tokens))
+        self.model.eval()
+        found = [routed(self.model, on_device(batch, self.device)) for batch in packed.batches]
+        return inputs_in_order(found, packed.order)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time.
@@ -245,18 +256,22 @@ class MegatronLearner:
         self, batch: Batch, objective: Objective, denominators: dict[str, float]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss and metrics of one micro-batch; on the last pipeline stage."""
+        routing = replayed(self.model, batch)
         if objective.needs_logits:
-            scores = self._vocabulary(batch)
+            scores = self._vocabulary(batch, routing)
             entropy_T = -(scores.detach().exp() * scores.detach()).sum(dim=-1)
         else:
-            scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False)
+            scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False, routing)
         loss, parts = objective.loss(scores, batch, denominators)
         entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
-        return loss, {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+        metrics = {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+        if routing is not None:
+            metrics["routing_flips"], metrics["routing_choices"] = routing.difference()
+        return loss, metrics
 
-    def _vocabulary(self, batch: Batch) -> torch.Tensor:
+    def _vocabulary(self, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
         """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""
-        return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature)
+        return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature, routing)
 
     def _finite(self, metrics: dict[str, float], norm: float) -> None:
         """Stop before the optimizer when the loss or the gradient is no number."""

@@ -108,8 +108,8 @@ def profile_of(precision: str) -> Profile:
 def learner_dtype(kind: Kind, precision: str, spec: str = "local") -> str:
     """What the Learner holds and computes with.
 
-    Transformer Engine fuses a norm with the product after it and wants one dtype for both: with `te` norms are bf16
-    parameters with an fp32 master copy, and are computed in fp32 inside the kernel.
+    Transformer Engine's norms want the dtype of their input: with `te` they are bf16 parameters with an fp32 master
+    copy, and are computed in fp32 inside the kernel.
     """
     if kind.wide and not (spec == "te" and kind.name == "norm"):
         return FP32

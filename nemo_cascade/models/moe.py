@@ -85,9 +85,7 @@ class LocalExperts(MegatronModule):
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
         for weight, init in ((self.up, config.init_method), (self.down, config.output_layer_init_method)):
             _fill(weight, init, pg_collection.ep.rank(), pg_collection.ep.size())
-            # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
-            # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
-            weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
+            weight.allreduce = counted_as_dense(pg_collection)  # type: ignore[attr-defined]
             # The gradient norm leaves out what it takes for copies on other tensor-parallel ranks. These are not: where
             # experts are copies, the group over which their norm is summed (expert and pipeline ranks) has one of them.
             set_tensor_model_parallel_attributes(weight, True, 0, 1)
@@ -118,6 +116,15 @@ class LocalExperts(MegatronModule):
             )
             for own, theirs in names.items()
         }
+
+
+def counted_as_dense(groups: ProcessGroupCollection) -> bool:
+    """Whether Megatron may sum experts' gradients like those of dense weights.
+
+    With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are summed
+    over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
+    """
+    return groups.ep.size() == 1 and groups.tp.size() == 1
 
 
 def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:

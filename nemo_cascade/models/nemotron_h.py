@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
     from nemo_cascade.models.parallel import ParallelLayout
+    from nemo_cascade.models.routing import Routing
 
 
 
@@ -68,16 +70,22 @@ class NemotronH(MambaModel):
         self.hf_config = hf_config
         self.precision, self.layer_spec = precision, layer_spec
 
-    def row(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True) -> Row:
+    def row(
+        self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True, routing: Routing | None = None
+    ) -> Row:
         """A packed row as this rank computes it. Collective where experts are spread over ranks.
 
-        `counted` False: no token of it counts in the routers' statistics.
+        `counted` False: no token of it counts in the routers' statistics. `routing` records the experts of the row's
+        one call of `run`, or replays others.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
         group = self.pg_collection.cp
         cut = RowCut.of(cu_seqlens, group) if group.size() > 1 else None
         packed = packed_row(cu_seqlens, self.hf_config.chunk_size, cut)
+        if routing is not None:
+            routing.begin(count, tokens_T.shape[0], self.hf_config.num_experts_per_tok, self.pg_collection.tp)
+            packed.routing = routing
         return Row(tokens_T if cut is None else cut.own(tokens_T), packed, count, tokens_T.shape[0], counted)
 
     def run(self, row: Row) -> torch.Tensor:
@@ -98,12 +106,14 @@ class NemotronH(MambaModel):
             logits = gather_from_tensor_model_parallel_region(logits)
         return logits.float()
 
-    def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def packed_logits(
+        self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, routing: Routing | None = None
+    ) -> torch.Tensor:
         """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
 
-        Not for pipeline stages: there `learner/pipeline.py` lets Megatron's schedule call `run`.
+        `routing` as in `row`. Not for pipeline stages: there `learner/pipeline.py` lets Megatron's schedule call `run`.
         """
-        row = self.row(tokens_T, cu_seqlens)
+        row = self.row(tokens_T, cu_seqlens, routing=routing)
         return row.whole(self.run(row))
 
     def _counted(self, row: Row) -> torch.Tensor | None:
@@ -163,7 +173,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # the Learner calls moe.update_expert_bias with the stage's rate
-        moe_token_dispatcher_type="alltoall" if cuda else "allgather",
+        moe_token_dispatcher_type=layout.dispatcher_here(),
         moe_grouped_gemm=spec == "te",
         mamba_state_dim=config.ssm_state_size,
         mamba_head_dim=config.mamba_head_dim,
@@ -217,6 +227,11 @@ def build(
     layout does not divide the model.
     """
     _check_layout(config, layout, spec)
+    if spec == "te" and precision == "fp32":
+        raise UserError(
+            "hardware.layer_spec: te has no attention kernel for packed rows in fp32; set precision: bf16 or "
+            "layer_spec: local"
+        )
     check_installed(precision, spec)
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -226,24 +241,26 @@ def build(
             f"the ranks were started with tensor, expert, pipeline, context {started}, the model is built for "
             f"{(layout.tensor, layout.expert, layout.pipeline, layout.context)}; start them with one layout"
         )
-    model = NemotronH(
-        config,
-        precision,
-        spec,
-        config=transformer_config(config, layout, precision, spec, bf16_layers),
-        mamba_stack_spec=layer_spec(spec, config),
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        hybrid_override_pattern=config.hybrid_override_pattern,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        pg_collection=groups,
-    )
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda") if cuda else contextlib.nullcontext():  # 30B random numbers take minutes on the host
+        model = NemotronH(
+            config,
+            precision,
+            spec,
+            config=transformer_config(config, layout, precision, spec, bf16_layers),
+            mamba_stack_spec=layer_spec(spec, config),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            hybrid_override_pattern=config.hybrid_override_pattern,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            pg_collection=groups,
+        )
     # Stages tell each other the length of every row. Set here because TransformerConfig would refuse it together with
     # the allgather dispatcher, which needs equal rows over expert-parallel ranks only: `NemotronH.row` pads to that.
     model.config.variable_seq_lengths = layout.pipeline > 1
     apply(model, precision, spec)
-    if torch.cuda.is_available():
+    if cuda:
         model.cuda()
     return model
 

@@ -152,7 +152,8 @@ def test_bf16_keeps_router_norms_and_heads_in_fp32(config: NemotronHConfig, layo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spec": "te"}, "te needs the package"),
+        ({"spec": "te", "precision": "bf16"}, "te needs the package transformer_engine (2.9 to 2.11)"),
+        ({"spec": "te"}, "te has no attention kernel for packed rows in fp32; set precision: bf16"),
         ({"precision": "hopper_fp8"}, "hopper_fp8 needs hardware.layer_spec: te"),
         ({"precision": "int4"}, "'int4' is not one of"),
         ({"layout": ParallelLayout(tensor=4)}, "tensor_parallel: 4 does not divide the model's n_groups 2"),
