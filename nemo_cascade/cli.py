@@ -173,7 +173,9 @@ def _print_status(where: Any) -> None:
 
 def _add_status(sub: argparse.ArgumentParser) -> None:
     _cascade(sub)
-    sub.add_argument("--json", action="store_true", help="everything, for programs")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="everything, for programs")
+    form.add_argument("--markdown", action="store_true", help="the scores as a table for a page")
 
 
 def status(options: argparse.Namespace) -> int:
@@ -183,6 +185,8 @@ def status(options: argparse.Namespace) -> int:
     where = _where(options)
     if options.json:
         print(json.dumps(standing.status(where), indent=1))
+    elif options.markdown:
+        print(standing.markdown(where))
     else:
         _print_status(where)
     return 0
