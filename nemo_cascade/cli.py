@@ -17,6 +17,7 @@ from typing import Any
 
 from nemo_cascade import __version__
 from nemo_cascade.config.load import Loaded, diff, load_cascade
+from nemo_cascade.observe.quiet import quiet_libraries
 from nemo_cascade.types import UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2, a failed stage 1."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quiet_libraries()
     try:
         return options.command(options)
     except UserError as error:

@@ -182,6 +182,7 @@ EXPECTED = {
     "chat": r"(\[thinks\] .+\n)?.+\n",
     "convert": r"[0-9a-f]{64}\n",
     "eval": r"math +thinking +0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] over 16\nmcqa .* over 16\n",
+    "parity": r".+",
 }
 
 
