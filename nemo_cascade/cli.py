@@ -17,6 +17,7 @@ from typing import Any
 
 from nemo_cascade import __version__
 from nemo_cascade.config.load import Loaded, diff, load_cascade
+from nemo_cascade.observe.quiet import quiet_libraries
 from nemo_cascade.types import UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2, a failed stage 1."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quiet_libraries()
     try:
         return options.command(options)
     except UserError as error:
@@ -173,7 +175,9 @@ def _print_status(where: Any) -> None:
 
 def _add_status(sub: argparse.ArgumentParser) -> None:
     _cascade(sub)
-    sub.add_argument("--json", action="store_true", help="everything, for programs")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="everything, for programs")
+    form.add_argument("--markdown", action="store_true", help="the scores as a table for a page")
 
 
 def status(options: argparse.Namespace) -> int:
@@ -183,6 +187,8 @@ def status(options: argparse.Namespace) -> int:
     where = _where(options)
     if options.json:
         print(json.dumps(standing.status(where), indent=1))
+    elif options.markdown:
+        print(standing.markdown(where))
     else:
         _print_status(where)
     return 0

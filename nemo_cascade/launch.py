@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, Sf
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.config.stage_run import read_stage_run
 from nemo_cascade.models.dtypes import profile_of
+from nemo_cascade.observe.quiet import quiet_libraries
 from nemo_cascade.types import StageResult, UserError
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("usage: python -m nemo_cascade.launch STAGE_FOLDER\n")
         return EXIT_USER_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("megatron", "nemo_logger", "torch.distributed", "nv_one_logger", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|nemo)\.")
+    quiet_libraries()
     die_with_parent()
     try:
         folder = StageFolder(Path(arguments[0]))

@@ -169,10 +169,20 @@ def _recovery_text(runs: Sequence[SeedRun], names: Sequence[str]) -> list[str]:
                 f"Recovery by {name}: {100 * overall.value:.0f} % of the teachers' lead "
                 f"[{100 * overall.low:.0f}, {100 * overall.high:.0f}], over the domains with one ({each})."
             )
+        lines += [_taught(item, name) for item in runs]
         level = [domain for domain in (found.gaps if found else {}) if domain not in found.domains]
         if level:
-            lines.append(f"No certain lead of a teacher, so nothing to win back: {', '.join(level)}.")
+            lines.append(f"\nNo certain lead of a teacher, so nothing to win back: {', '.join(level)}.")
     return [*lines, ""] if lines else []
+
+
+def _taught(run: SeedRun, name: str) -> str:
+    """Who taught what in one run."""
+    by_teacher: dict[str, list[str]] = {}
+    for domain, choice in read_teachers(run.stages[name].folder).items():
+        by_teacher.setdefault(choice.checkpoint, []).append(domain)
+    each = "; ".join(f"{teacher} ({', '.join(domains)})" for teacher, domains in sorted(by_teacher.items()))
+    return f"\nTeachers of {name} with seed {run.seed}: {each}."
 
 
 def _silent(found: Sequence[Effect]) -> list[str]:

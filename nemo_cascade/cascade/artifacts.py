@@ -156,7 +156,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, None when there is no file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise UserError(

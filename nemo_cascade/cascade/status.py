@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_cascade.cascade.artifacts import StageFolder
 from nemo_cascade.cascade.gates import effective_source, read_gates, reference_of
-from nemo_cascade.cascade.ledger import Ledger, read_ledger
+from nemo_cascade.cascade.ledger import INIT, Ledger, checkpoint_name, read_ledger
 from nemo_cascade.cascade.lock import holder
 from nemo_cascade.cascade.manifest import Entry, Manifest, read_manifest
 from nemo_cascade.cascade.teachers import read_teachers
@@ -146,6 +146,30 @@ def table(content: Mapping[str, Any]) -> str:
                 f"[{recovered['ci_low']:.2f}, {recovered['ci_high']:.2f}]"
             )
     return "\n".join(lines)
+
+
+def markdown(where: Path | Manifest) -> str:
+    """The table for a README: weights that no stage made first, then every stage; bold is what a stage trains."""
+    manifest = read_manifest(where) if isinstance(where, Path) else where
+    ledger, rows = ledger_of(manifest), status(manifest)["stages"]
+    domains = list(dict.fromkeys(domain for row in rows for domain in row["scores"]))
+    lines = [f"| after | {' | '.join(name.replace('_', ' ') for name in domains)} |", "|---" * (1 + len(domains)) + "|"]
+    for row in rows:
+        start = checkpoint_name(row["name"], INIT)
+        if ledger.domains(start):
+            found = [ledger.score(start, domain) for domain in domains]
+            scores = ["" if score is None else f"{100 * score.value:.0f}" for score in found]
+            lines.append(f"| start of `{row['name']}` | {' | '.join(scores)} |")
+        cells = [_marked(row, domain) if domain in row["scores"] else "" for domain in domains]
+        lines.append(f"| `{row['name']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _marked(row: Mapping[str, Any], domain: str) -> str:
+    """A score in percent, an arrow where the gain's interval excludes 0, bold where the stage trains the domain."""
+    arrow = {"+": " ▲", "-": " ▼"}.get(_cell(row, domain)[-1], "")
+    text = f"{100 * row['scores'][domain]['score']:.0f}{arrow}"
+    return f"**{text}**" if domain in row["domains"] and row["kind"] == "grpo" else text
 
 
 def _cell(row: Mapping[str, Any], domain: str) -> str:

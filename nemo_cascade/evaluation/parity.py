@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import logging
 import random
 import re
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_cascade.config.paths import NANO_TOKENIZER, hf_folder, tokenizer_folder
+from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.domains import Services, available, load
 from nemo_cascade.models import convert, nemotron_h, parallel
@@ -97,7 +96,6 @@ class Side:
         if self.is_nemo:
             from nemo_cascade.models.cascade_model import CascadeModel
 
-            logging.getLogger("nemo_logger").setLevel(logging.WARNING)  # NeMo writes INFO to stdout: --json owns it
             return CascadeModel.restore_from(str(self.folder)).model
         layout = parallel.ParallelLayout()
         if not parallel.is_started():
@@ -196,9 +194,10 @@ def compare(
 def _run(
     first: Side, second: Side, prompts: Prompts, tolerance: float
 ) -> tuple[Parity, Sequence[torch.Tensor], list[str]]:
-    tokenizer = ChatTokenizer(tokenizer_folder(*(side.folder for side in (first, second) if not side.is_nemo)))
     with first.open() as (config, engine):
-        sequences = _tokens(tokenizer, prompts, config)
+        # Weights without a tokenizer are compared on the nano tokenizer's ids: any ids inside the vocabulary will do.
+        named = [*_tokenizers(first, second), None]
+        sequences = _tokens(ChatTokenizer(tokenizer_folder(named[0], config.vocab_size)), prompts, config)
         traces = {name: engine.trace(sequences, packed) for name, packed in MODES.items()}
         ours = _prints(engine)
         del engine
@@ -250,6 +249,11 @@ def _check_same(ours: NemotronHConfig, theirs: NemotronHConfig) -> list[str]:
     return [f"config.json differs: {key} is {a[key]} in A and {b[key]} in B" for key in differ]
 
 
+def _tokenizers(*sides: Side) -> list[Path]:
+    """The folders that carry a tokenizer."""
+    return [side.folder for side in sides if (side.folder / "tokenizer.json").is_file()]
+
+
 def _notes(*sides: Side) -> list[str]:
     """What makes two engines differ although no weight does."""
     notes = []
@@ -261,8 +265,6 @@ def _notes(*sides: Side) -> list[str]:
                     f"{side.label}: config.json has time_step_min {bound}: transformers clamps the time step to it "
                     "when it reads a prompt, Megatron never does; `nemo-cascade convert` writes a folder without it"
                 )
-    tokenizers = [tokenizer_folder(side.folder) for side in sides if not side.is_nemo]
-    contents = {(folder / "tokenizer.json").read_bytes() for folder in tokenizers if folder != NANO_TOKENIZER}
-    if len(contents) > 1:
+    if len({(folder / "tokenizer.json").read_bytes() for folder in _tokenizers(*sides)}) > 1:
         notes.append("tokenizer.json differs between A and B; both read the tokens of A's")
     return notes

@@ -29,11 +29,11 @@ class WriteFailed(UserError, OSError):
     """The file system refused. One line for the user; `errno` for a caller that treats it as any failed write."""
 
     def __init__(self, number: int, message: str) -> None:
-        super().__init__(number, message)
-        self.message = message
+        super().__init__(message)
+        self.errno, self.strerror = number, message
 
     def __str__(self) -> str:
-        return self.message
+        return str(self.strerror)
 
 
 def write_failed(error: OSError, folder: Path, what: str) -> WriteFailed:
@@ -106,7 +106,7 @@ class ShardWriter:
     """Fills the planned shards in `folder`, in any order of tensors.
 
     `source` says what is being written; shards that an earlier writer of the same source and plan finished are kept
-    when their bytes still have their checksums. `kept` counts them.
+    when their bytes still have their checksums. Without it nothing is kept, and no shard waits for the disk.
     """
 
     def __init__(self, folder: Path, shards: list[Shard], source: str = "") -> None:
@@ -115,8 +115,9 @@ class ShardWriter:
         self.checksums: dict[str, str] = {}
         self.missing = {shard.file: set(shard.places) for shard in shards}
         self.streams: dict[str, int] = {}
-        self.kept = 0
-        self._take_over(source)
+        self.resumable = bool(source)
+        if self.resumable:
+            self._take_over(source)
         self._check_room()
 
     def _take_over(self, source: str) -> None:
@@ -132,7 +133,6 @@ class ShardWriter:
                 if json.loads(record.read_text(encoding="utf-8")) == found:
                     self.checksums.update(found)
                     self.missing[shard.file].clear()
-                    self.kept += 1
         keep = {_KEY} if same else set()
         for shard in self.shards:
             keep |= set() if self.missing[shard.file] else {shard.file, self._record(shard).name}
@@ -185,9 +185,12 @@ class ShardWriter:
     def _finish(self, shard: Shard) -> None:
         stream = self.streams.pop(shard.file)
         try:
-            os.fsync(stream)
+            if self.resumable:
+                os.fsync(stream)
         finally:
             os.close(stream)
+        if not self.resumable:
+            return
         record = {name: self.checksums[name] for name in shard.places}
         _write_synced(self._record(shard), json.dumps(record, sort_keys=True))
 
@@ -209,8 +212,9 @@ class ShardWriter:
 
     def forget(self) -> None:
         """Remove the records of a finished export."""
-        for path in (self.folder / _KEY, *(self._record(shard) for shard in self.shards)):
-            path.unlink()
+        if self.resumable:
+            for path in (self.folder / _KEY, *(self._record(shard) for shard in self.shards)):
+                path.unlink()
 
     def close(self) -> None:
         """Let go of open files."""

@@ -31,7 +31,9 @@ Skill = dict[str, float]
 
 
 def load(folder: str) -> Skill:
-    return json.loads((Path(folder) / "model.json").read_text())
+    """What a stand-in's weights know; real ones (the shipped base) say nothing here."""
+    path = Path(folder) / "model.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def export(folder: Path, skill: Skill) -> None:
@@ -85,7 +87,7 @@ def run_stage(folder: StageFolder) -> None:
     kill_stage, _, kill_step = os.environ.get("STANDIN_KILL", "").partition(":")
     done = folder.newest_checkpoint() or 0
     domains = run.config.evaluation.domains
-    skill = load(run.init_folder) if run.init_folder else dict.fromkeys(domains, 0.3)
+    skill = dict.fromkeys(domains, 0.3) | (load(run.init_folder) if run.init_folder else {})
     start = dict(skill)
     if done:
         skill = json.loads((folder.checkpoint(done) / "state.json").read_text())

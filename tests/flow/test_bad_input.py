@@ -116,8 +116,9 @@ NANO = ROOT / "conf" / "cascade" / "nano.yaml"
             "conf/cascade/nano.yaml: key 'evaluation.options.long_context.phrase': 'hsa' is not one of key, has",
         ),
         (
-            "stages.mopd.data.options={swe_agentless: {unreadable_reward: low}}",
-            "conf/stage/nano/mopd.yaml: key 'data.options.swe_agentless.unreadable_reward': 'low' is not a number",
+            "stages.swe_agentless_rl.data.options={swe_agentless: {unreadable_reward: low}}",
+            "conf/stage/nano/swe_agentless_rl.yaml: key 'data.options.swe_agentless.unreadable_reward': 'low' is not a "
+            "number",
         ),
     ],
 )

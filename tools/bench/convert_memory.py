@@ -43,16 +43,26 @@ def main() -> None:
         print(json.dumps(measure(options.phase, options.model, options.folder, options.shard_bytes)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = [in_own_process(phase, options.model, Path(folder), options.shard_bytes) for phase in PHASES]
+        rows = {}
+        if not options.json:
+            print(f"{options.model}: MB; shards of at most {options.shard_bytes / 1e6:,.1f}")
+            print("".join(f"{title:>{width}}" for title, width in COLUMNS.items()))
+        for phase in PHASES:
+            rows[phase] = in_own_process(phase, options.model, Path(folder), options.shard_bytes)
+            if not options.json:
+                print(line(rows[phase]), flush=True)
     if options.json:
-        print(json.dumps({row["phase"]: row for row in rows}, indent=1))
-        return
-    print(f"{options.model}: MB; shards of at most {options.shard_bytes / 1e6:,.0f}")
-    print(f"{'phase':8}{'total':>10}{'largest shard':>15}{'largest tensor':>16}{'above':>10}{'peak':>10}{'seconds':>9}")
-    widths = {"total": 10, "largest_shard": 15, "largest_tensor": 16, "above": 10, "peak": 10}
-    for row in rows:
-        sizes = "".join(f"{row[key] / 1e6:{width},.1f}" for key, width in widths.items())
-        print(f"{row['phase']:8}{sizes}{row['seconds']:9.1f}")
+        print(json.dumps(rows, indent=1))
+
+
+COLUMNS = {"phase": 8, "total": 10, "largest shard": 15, "largest tensor": 16, "above": 10, "peak": 10, "seconds": 9}
+
+
+def line(row: dict[str, float]) -> str:
+    """One row of the table, in megabytes."""
+    values = [f"{row[title.replace(' ', '_')] / 1e6:,.1f}" for title in list(COLUMNS)[1:-1]]
+    cells = [str(row["phase"]), *values, f"{row['seconds']:.1f}"]
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
 def in_own_process(phase: str, model: str, folder: Path, shard_bytes: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from nemo_cascade.cascade import fingerprint
 from nemo_cascade.cascade.plan import Plan, make_plan
 from nemo_cascade.config.load import load_cascade
 from nemo_cascade.config.schema import StageRun
+from nemo_cascade.learner.ranks import Place
 from nemo_cascade.types import Message, Scored, Transcript, UserError
 from tests.unit.reward.judging import JudgeServer
 
@@ -100,7 +101,7 @@ def test_a_domain_of_ones_own_gets_every_judge(tmp_path):
     }
     assert len(keys) == 2
     found = plan(tmp_path, data, "select: 0, report: 0", *(text % "a" for text in overrides))
-    with launch.build_domains(StageRun(config=found.stages["rl"]), launch.Place(0, 0, 1, True)) as built:
+    with launch.build_domains(StageRun(config=found.stages["rl"]), Place(0, 0, 1, True)) as built:
         services = built.trained["mine"].services
         assert services.preference_judge is not None and services.equivalence_judge is not None
 
@@ -121,7 +122,7 @@ def test_the_launch_asks_the_judge_for_training_and_for_evaluation(tmp_path, row
             f"equivalence_judge={{url: '{server.url}/v1', timeout_s: 20}}",
         )
         run = StageRun(config=found.stages["rl"])
-        with launch.build_domains(run, launch.Place(0, 0, 1, True)) as built:
+        with launch.build_domains(run, Place(0, 0, 1, True)) as built:
             for domain in (built.trained["long_context"], built.measured["long_context"]):
                 task = domain.parse_row(ROWS[0], "f:1")
                 outcomes = [
@@ -137,7 +138,7 @@ def test_the_launch_asks_the_judge_for_training_and_for_evaluation(tmp_path, row
     exact = plan(
         tmp_path, f"domains: {{long_context: 1}}, files: {{long_context: [{rows}]}}, options: {EXACT}",
     )  # fmt: skip
-    with launch.build_domains(StageRun(config=exact.stages["rl"]), launch.Place(0, 0, 1, True)) as built:
+    with launch.build_domains(StageRun(config=exact.stages["rl"]), Place(0, 0, 1, True)) as built:
         domain = built.trained["long_context"]
         assert domain.services.equivalence_judge is None
         task = domain.parse_row(ROWS[0], "f:1")

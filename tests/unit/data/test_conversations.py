@@ -79,7 +79,7 @@ def test_verdicts_for_the_judge() -> None:
         assert set(json.loads(verdict)) == {"score_1", "score_2", "ranking"}
     with pytest.raises(UserError, match="the domain preference, which is not loaded"):
         conversation_stream(cfg, {}, TOKENIZER, 1)
-    with pytest.raises(UserError, match="at most 1 together"):
+    with pytest.raises(UserError, match="together with data.judge_share it is above 1"):
         conversation_stream(config(corpus_share=0.6, judge_share=0.6), preference, TOKENIZER, 1)
 
 

@@ -51,7 +51,7 @@ sys.exit(cli.main(sys.argv[3:]))
 
 def killed(words: list[str], after: int, where: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", DIES, str(after), where, *words], cwd=ROOT, capture_output=True, timeout=120, check=False
+        [sys.executable, "-c", DIES, str(after), where, *words], cwd=ROOT, capture_output=True, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -96,6 +96,8 @@ def test_recovery_is_taken_over_the_seeds(tmp_path: Path) -> None:
     assert "Recovery by mopd: 50 % of the teachers' lead" in text
     assert "(if 50 %)" in text
     assert "nothing to win back: math." in text
+    assert "Teachers of mopd with seed 1: if_rl (if); math_rl (math).\n" in text
+    assert "Teachers of mopd with seed 2: if_rl (if); math_rl (math).\n" in text
 
 
 def test_the_page_says_what_does_not_show_and_what_was_lost(tmp_path: Path) -> None:
