@@ -24,6 +24,7 @@ from nemo_cascade.config.paths import NO_ROOM, explain_os_error
 from nemo_cascade.config.schema import JudgeConfig, MopdConfig, RolloutStage, SftConfig, StageBase, StageRun
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.config.stage_run import read_stage_run
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.quiet import quiet_libraries
 from nemo_cascade.types import StageResult, UserError
 
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = StageFolder(Path(arguments[0]))
         run = read_stage_run(folder.path)
+        # read by Transformer Engine when it is imported, which the ranks do below
+        os.environ.update(profile_of(run.hardware.precision).environment or {})
         if folder.is_done(run.key):
             return 0
         if "RANK" in os.environ:  # one of several ranks: whoever started them holds the lock

@@ -104,6 +104,9 @@ class Learner(Protocol):
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """Per-token log-probabilities (temperature and kept set as configured); index 0 is 0.0."""
 
+    def routing(self, sequences: Sequence[TokenSequence]) -> list[bytes]:
+        """The experts that the policy chooses for each token, as `Sequence.routed_experts` holds them."""
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face named tensors of the policy, one at a time."""
 

@@ -225,6 +225,8 @@ class Sequence:
     teacher_logprobs: tuple[float, ...] = ()
     group: int = 0  # index of the prompt inside the step, for group-wise denominators
     teacher: str = ""  # MOPD: the stage that scores this sequence
+    # uint8 [tokens, MoE layers, top-k]: the experts that the update must use, 255 where it may choose; empty: anywhere
+    routed_experts: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class Batch:
     reference_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_TV: torch.Tensor | None = None  # only for the exact reverse KL: the whole vocabulary
+    routed_experts_TC: torch.Tensor | None = None  # uint8 [T, MoE layers * top-k], of the position itself; 255: free
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage,
 from nemo_cascade.config.strict import nearest, show
 from nemo_cascade.models import layout_rules
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.rollout import trtllm
@@ -59,21 +60,34 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
         raise UserError(f"{origin}: key {key!r}: {reason}")
     if hardware.context_parallel > 1 and hardware.layer_spec != "local":
         raise UserError(
-            f"{origin}: key 'context_parallel': {hardware.context_parallel} needs layer_spec local; Megatron's own "
-            f"{hardware.layer_spec} layers cut packed rows in another way"
+            f"{origin}: key 'context_parallel': {hardware.context_parallel} needs layer_spec local; Transformer "
+            "Engine's attention cuts packed rows in another way"
         )
-    if hardware.precision.endswith(("fp8", "mxfp8")) and hardware.layer_spec != "te":
+    profile = profile_of(hardware.precision)
+    if profile.needs_te and hardware.layer_spec != "te":
         raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec te (Transformer Engine)")
+    if profile.emulated and hardware.layer_spec != "local":
+        raise UserError(f"{origin}: key 'precision': {hardware.precision} needs layer_spec local")
     if problem := layout_rules.fp8_problem(model, hardware.tensor_parallel, hardware.precision):
         raise UserError(f"{origin}: key 'precision': {problem}")
+    if hardware.layer_spec == "te" and hardware.precision == "fp32":
+        raise UserError(f"{origin}: key 'layer_spec': te (Transformer Engine) has no fp32 attention for packed rows")
     if hardware.sampler != "local" and not hardware.sampler_url and hardware.sampler == "remote":
         raise UserError(f"{origin}: key 'sampler_url' is missing; sampler remote needs the address of a service")
 
 
 def exemptions(hardware: HardwareConfig, model: NemotronHConfig) -> Iterator[str]:
-    """The layers that stay bf16 under an FP8 precision, one line each with the reason."""
-    for module, reason in layout_rules.fp8_exempt(model, hardware.tensor_parallel, hardware.precision).items():
-        yield f"{hardware.precision}: {module} stays bf16: {reason}"
+    """The layers that stay bf16 under an FP8 precision, one line each with the reason.
+
+    Its emulation rounds them, too; then the lines say where it shows more than the GPU would do.
+    """
+    profile = profile_of(hardware.precision)
+    real = hardware.precision.removesuffix("_emulated")
+    for module, reason in layout_rules.fp8_exempt(model, hardware.tensor_parallel, real).items():
+        if profile.emulated:
+            yield f"{hardware.precision}: {module} is rounded, {real} leaves it bf16: {reason}"
+        else:
+            yield f"{hardware.precision}: {module} stays bf16: {reason}"
 
 
 def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
@@ -102,7 +116,22 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
                 f"the {replicas} data-parallel replicas"
             )
         _check_lengths(stage, longest, origin)
+        _check_replay(stage, loaded.hardware, model, origin)
     check_judges(stage, origin)
+
+
+def _check_replay(stage: RolloutStage, hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
+    """Routing replay travels with a row through one forward call, which pipeline and context parallelism cut apart."""
+    for section in ("loss", "distill"):
+        replay = getattr(getattr(stage, section, None), "routing_replay", "none")
+        if replay == "none":
+            continue
+        where = f"{origin}: key '{section}.routing_replay': {replay}"
+        for key in ("pipeline_parallel", "context_parallel"):
+            if getattr(hardware, key) > 1:
+                raise UserError(f"{where} does not work with hardware {key} above 1; set it to none")
+        if model.n_routed_experts > 255:
+            raise UserError(f"{where} keeps expert numbers in a byte, the model has {model.n_routed_experts} experts")
 
 
 def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:

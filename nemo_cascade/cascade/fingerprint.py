@@ -26,7 +26,8 @@ from nemo_cascade.cascade.checks import data_files, outside_file
 from nemo_cascade.cascade.graph import Source
 from nemo_cascade.cascade.plan import Plan
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
-from nemo_cascade.config.schema import EvaluationConfig, MopdConfig, RolloutStage, StageBase
+from nemo_cascade.config.schema import EvaluationConfig, HardwareConfig, MopdConfig, RolloutStage, StageBase
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.types import UserError
 
@@ -58,7 +59,7 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
         "seed": plan.loaded.cascade.seed,
         "config": config,
         "model": dataclasses.asdict(plan.model),
-        "precision": plan.loaded.hardware.precision,
+        "precision": _precision(plan.loaded.hardware),
         "data": [(key, file_sha256(path)) for key, path in data_files(stage) if key.startswith("data.")],
         "code": {domain: _domain_code(domain) for domain in stage.data.domains if ":" in domain},
         "tokenizer": file_sha256(tokenizer_of(plan, name) / "tokenizer.json"),
@@ -70,6 +71,13 @@ def ingredients(plan: Plan, name: str, parents: Mapping[str, str]) -> dict[str, 
     if isinstance(stage, MopdConfig):
         content["teachers"] = [_teacher_identity(plan, source, parents) for source in plan.graph.teaching[name].all]
     return content
+
+
+def _precision(hardware: HardwareConfig) -> str:
+    """The profile, and what of the model it leaves out where it is FP8."""
+    if profile_of(hardware.precision).recipe is None:
+        return hardware.precision
+    return f"{hardware.precision} {hardware.fp8_bf16_layers}"
 
 
 def tokenizer_of(plan: Plan, name: str) -> Path:

@@ -128,6 +128,7 @@ class LossConfig:
     importance_low: float = 0.5
     importance_high: float = 2.0
     max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens
+    routing_replay: str = "none"  # none | learner: the update uses the experts of a pass just before it
 
     def __post_init__(self) -> None:
         choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
@@ -136,6 +137,7 @@ class LossConfig:
         at_least("loss.kl", self.kl, 0.0)
         interval("loss.importance_low", self.importance_low, "loss.importance_high", self.importance_high)
         share("loss.max_masked_share", self.max_masked_share)
+        choose("loss.routing_replay", self.routing_replay, ("none", "learner"))
 
 
 @dataclass
@@ -147,12 +149,14 @@ class DistillConfig:
     importance_high: float = 2.0
     clip_advantage: Optional[float] = None  # |a_t| bound; the paper has none
     max_masked_share: float = 0.5
+    routing_replay: str = "none"  # as in loss
 
     def __post_init__(self) -> None:
         choose("distill.kind", self.kind, ("sampled", "full_vocab"))
         interval("distill.importance_low", self.importance_low, "distill.importance_high", self.importance_high)
         above("distill.clip_advantage", self.clip_advantage, 0.0)
         share("distill.max_masked_share", self.max_masked_share)
+        choose("distill.routing_replay", self.routing_replay, ("none", "learner"))
 
 
 @dataclass
@@ -259,6 +263,9 @@ class MopdConfig(RolloutStage):
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}
 
 
+PRECISIONS = ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8", "hopper_fp8_emulated", "blackwell_mxfp8_emulated")
+
+
 @dataclass
 class HardwareConfig:
     """Where and how: ranks, layout, precision and the backends. One file per machine in conf/hardware."""
@@ -273,7 +280,9 @@ class HardwareConfig:
     context_parallel: int = 1
     distributed_optimizer: bool = False  # cut optimizer state and gradient sums over the data-parallel ranks
     layer_spec: str = "local"  # local | te
-    precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8
+    precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8, or one of these two with _emulated
+    fp8_bf16_layers: int = 2  # layers at each end of the model that FP8 leaves in bf16
+    moe_dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto (alltoall on a GPU)
     sampler: str = "local"  # local | remote | trtllm
     sampler_url: Optional[str] = None
     refit: str = "memory"  # memory | files
@@ -284,7 +293,9 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         choose("hardware.layer_spec", self.layer_spec, ("local", "te"))
-        choose("hardware.precision", self.precision, ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8"))
+        choose("hardware.precision", self.precision, PRECISIONS)
+        at_least("hardware.fp8_bf16_layers", self.fp8_bf16_layers, 0)
+        choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "allgather", "alltoall"))
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
         choose("hardware.refit", self.refit, ("memory", "files"))
         at_least("hardware.reward_workers", self.reward_workers, 1)

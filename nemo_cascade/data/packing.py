@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +78,34 @@ def to_batch(sequences: Sequence[TokenSequence]) -> Batch:
         sampler_logprobs_T=optional(sequences, "sampler_logprobs", lambda sequence: sequence.sampler_logprobs),
         reference_logprobs_T=optional(sequences, "reference_logprobs", lambda sequence: sequence.reference_logprobs),
         teacher_logprobs_T=optional(sequences, "teacher_logprobs", lambda sequence: sequence.teacher_logprobs),
+        routed_experts_TC=routed_experts(sequences),
     )
+
+
+def routed_experts(sequences: Sequence[TokenSequence]) -> torch.Tensor | None:
+    """The experts of every position, uint8 [T, MoE layers * top-k]; None when no sequence names any.
+
+    Not moved like the other fields: an expert belongs to the position that reads the token.
+    """
+    if not any(sequence.routed_experts for sequence in sequences):
+        return None
+    parts = []
+    for sequence in sequences:
+        tokens = len(sequence.token_ids)
+        if not sequence.routed_experts or len(sequence.routed_experts) % tokens:
+            raise ValueError(f"routed_experts: {len(sequence.routed_experts)} bytes for {tokens} tokens")
+        parts.append(torch.frombuffer(bytearray(sequence.routed_experts), dtype=torch.uint8).view(tokens, -1))
+    return torch.cat(parts)
+
+
+def inputs_in_order(values_B_S: Sequence[Sequence[Any]], order: Sequence[Sequence[int]]) -> list[Any]:
+    """One value per sequence of each micro-batch, in the order of the inputs; micro-batches beyond `order` left out."""
+    placed = {
+        index: value
+        for values_S, members in zip(values_B_S, order, strict=False)
+        for index, value in zip(members, values_S, strict=True)
+    }
+    return [placed[index] for index in range(len(placed))]
 
 
 PerToken = Callable[[TokenSequence], Sequence[float]]

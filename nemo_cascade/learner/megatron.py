@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,30 +18,35 @@ import torch  # isort: skip
 from megatron.core import parallel_state
 
 from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.algorithms.schedule import learning_rate
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
-from nemo_cascade.data.packing import Packed, pack, to_batch
+from nemo_cascade.data.packing import Packed, inputs_in_order, pack, to_batch
 from nemo_cascade.learner import checkpoint, pipeline
 from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.folder import attempt
-from nemo_cascade.learner.forward import FILLER, on_device, target_logprobs, vocabulary_logprobs
+from nemo_cascade.learner.forward import FILLER, on_device, replayed, routed, target_logprobs, vocabulary_logprobs
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
-from nemo_cascade.learner.schedule import learning_rate
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.learner.training_state import training_state
-from nemo_cascade.models import convert
+from nemo_cascade.models import convert, dtypes
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.routing import Routing
 from nemo_cascade.protocols import Objective
 from nemo_cascade.types import Batch, UserError
 from nemo_cascade.types import Sequence as TokenSequence
 
+LOG = logging.getLogger(__name__)
+
 
 def check_hardware(hardware: HardwareConfig) -> None:
     """Refuse what this Learner would not do, before anything is built."""
-    if hardware.precision != "fp32" and not torch.cuda.is_available():
+    if profile_of(hardware.precision).needs_te and not torch.cuda.is_available():
         raise UserError(
-            f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32"
+            f"hardware.precision: {hardware.precision} needs a GPU and this machine has none; set it to fp32, or to "
+            f"{hardware.precision}_emulated to see what FP8 does"
         )
     if hardware.layer_spec == "te" and not torch.cuda.is_available():
         raise UserError(
@@ -67,7 +73,7 @@ class MegatronLearner:
     `policy` is the NeMo model, `model` the Megatron-core network in it, `trainer` its gradient buffers and optimizer.
 
     `update` gives the same step for every parallel layout and every micro-batch size, up to the rounding of sums. fp8
-    and bf16 are refused where there is no GPU.
+    without Transformer Engine is refused unless emulated.
     """
 
     def __init__(
@@ -84,7 +90,9 @@ class MegatronLearner:
         # Imported here: nemo.core takes seconds, and whoever only wants the settings need not wait.
         from nemo_cascade.models.cascade_model import CascadeModel, model_config
 
-        self.policy = CascadeModel(model_config(config, layout, hardware.precision, hardware.layer_spec))
+        self.policy = CascadeModel(
+            model_config(config, layout, hardware.precision, hardware.layer_spec, hardware.fp8_bf16_layers)
+        )
         self.model: NemotronH = self.policy.model
         if init_folder is not None:
             self._read(init_folder)
@@ -116,6 +124,8 @@ class MegatronLearner:
         trained = sum(sum(sequence.loss_mask[1:]) for sequence in sequences)
         own = combined([*parts, {"tokens": float(tokens), "trained_tokens": float(trained)}])
         metrics = combined(gathered(own))
+        if choices := metrics.pop("routing_choices", 0.0):
+            metrics["routing_flips"] /= choices  # share of the replayed experts that the routers would not choose now
         self._finite(metrics, norm)
         if objective.check is not None:
             objective.check(metrics)
@@ -143,9 +153,23 @@ class MegatronLearner:
         own = Packed(packed.batches[: len(packed.order)], packed.order)
         return own.unpack(pipeline.from_last_stage(values_B_T)[: len(packed.order)])
 
+    def routing(self, sequences: Sequence[TokenSequence]) -> list[bytes]:
+        """The experts that the policy's routers choose for each token, for `Sequence.routed_experts`."""
+        self._own_weights("routing")
+        packed = self._even(pack(sequences, self.settings.micro_batch_tokens))
+        self.model.eval()
+        found = [routed(self.model, on_device(batch, self.device)) for batch in packed.batches]
+        return inputs_in_order(found, packed.order)
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time."""
-        yield from convert.export_weights(self.model, self.config)
+        """Hugging Face named tensors of the policy (inside `using`: of the borrowed folder), one at a time.
+
+        Each has the dtype that models/dtypes.py gives it under this precision; another one is an error.
+        """
+        hardware = self.settings.hardware
+        for name, tensor in convert.export_weights(self.model, self.config):
+            dtypes.expect(name, convert.dtype_name(tensor), hardware.precision, hardware.layer_spec)
+            yield name, tensor
 
     def using(self, folder: str) -> AbstractContextManager[None]:
         """Inside the context the parameters are those of a Hugging Face folder; after it, bit-exact the policy's."""
@@ -171,16 +195,25 @@ class MegatronLearner:
         return meta["step"]
 
     def export(self, folder: str) -> str:
-        """Write a Hugging Face folder; returns its content sha256."""
+        """Write a Hugging Face folder; returns its content sha256. What `precision_export` rounds is logged."""
         self._own_weights("export")
-        settings, shas = self.settings, []
+        settings, shas, rounded = self.settings, [], []
+
+        def exported() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in self.weights():
+                kind = dtypes.kind_of(name)
+                if dtypes.narrower(dtypes.export_dtype(kind, settings.precision_export), convert.dtype_name(tensor)):
+                    rounded.append(kind.name)
+                yield name, tensor
 
         def write() -> None:
             shas.append(
-                convert.save_folder(self.model, self.config, folder, settings.precision_export, settings.tokenizer)
+                convert.save_folder(exported(), self.config, folder, settings.precision_export, settings.tokenizer)
             )
 
         fail_together(attempt(write, Path(folder), "the exported weights"))
+        if rounded and torch.distributed.get_rank() == 0:
+            LOG.info("precision_export: %s rounds %s", settings.precision_export, dtypes.summary(rounded))
         return gathered(shas[0], everyone=True)[0]
 
     def _read(self, folder: str) -> None:
@@ -223,18 +256,22 @@ class MegatronLearner:
         self, batch: Batch, objective: Objective, denominators: dict[str, float]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss and metrics of one micro-batch; on the last pipeline stage."""
+        routing = replayed(self.model, batch)
         if objective.needs_logits:
-            scores = self._vocabulary(batch)
+            scores = self._vocabulary(batch, routing)
             entropy_T = -(scores.detach().exp() * scores.detach()).sum(dim=-1)
         else:
-            scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False)
+            scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False, routing)
         loss, parts = objective.loss(scores, batch, denominators)
         entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
-        return loss, {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+        metrics = {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+        if routing is not None:
+            metrics["routing_flips"], metrics["routing_choices"] = routing.difference()
+        return loss, metrics
 
-    def _vocabulary(self, batch: Batch) -> torch.Tensor:
+    def _vocabulary(self, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
         """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""
-        return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature)
+        return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature, routing)
 
     def _finite(self, metrics: dict[str, float], norm: float) -> None:
         """Stop before the optimizer when the loss or the gradient is no number."""

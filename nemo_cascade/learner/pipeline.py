@@ -14,7 +14,8 @@ from nemo_cascade.learner.forward import row_of
 from nemo_cascade.learner.stopwatch import Stopwatch
 from nemo_cascade.models.cpu import cuda_as_cpu
 from nemo_cascade.models.nemotron_h import NemotronH
-from nemo_cascade.types import Batch
+from nemo_cascade.models.routing import NO_REPLAY
+from nemo_cascade.types import Batch, UserError
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ def train(
     kept.
     """
     if model.pg_collection.pp.size() > 1:
+        if any(batch.routed_experts_TC is not None for batch in batches):
+            raise UserError(NO_REPLAY)
         with watch.measure("pipeline"):
             return from_last_stage(_scheduled(model, batches, loss_of, backward=True))
     kept = []

@@ -6,8 +6,7 @@ Importing this module imports nemo.core (seconds), so import it only where a mod
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,18 @@ from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_common
 from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_cascade.data.packing import pack
+from nemo_cascade.config.paths import PACKAGED, hf_folder
+from nemo_cascade.config.strict import read_yaml
 from nemo_cascade.models import convert, cpu, nemotron_h, parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config
+from nemo_cascade.models.moe import freeze_routers, update_expert_bias
+from nemo_cascade.models.nemo_optim import decay_groups
 from nemo_cascade.models.parallel import ParallelLayout
-from nemo_cascade.types import Sequence, UserError
+from nemo_cascade.models.precision import BF16_LAYERS
+from nemo_cascade.models.training_rows import loader
+from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -37,12 +40,27 @@ ALLOWED_PREFIX = "nemo_cascade.models.cascade_model."
 if ALLOWED_PREFIX not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append(ALLOWED_PREFIX)
 
+DESCRIPTIONS = {
+    "nano": "NemotronH of 1.1M parameters, pre-trained on the nano corpus: where the nano cascade starts",
+    "nano_judge": "the same model trained to compare two answers: the preference judge of the nano cascade",
+}
+"""What the package ships (`config.paths.PACKAGED`), in words."""
+
 
 def model_config(
-    config: NemotronHConfig, layout: ParallelLayout | None = None, precision: str = "fp32", spec: str = "local"
+    config: NemotronHConfig,
+    layout: ParallelLayout | None = None,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
 ) -> DictConfig:
     """The config of a CascadeModel: the architecture, how it is cut, its precision and its layer spec."""
-    content = {"architecture": dataclasses.asdict(config), "precision": precision, "layer_spec": spec}
+    content = {
+        "architecture": dataclasses.asdict(config),
+        "precision": precision,
+        "layer_spec": spec,
+        "fp8_bf16_layers": bf16_layers,
+    }
     if layout is not None:
         content["layout"] = dataclasses.asdict(layout)
     return OmegaConf.create(content)
@@ -55,12 +73,24 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def _override(given: DictConfig | dict[str, Any] | str | Path | None) -> DictConfig | None:
+    """An override config as NeMo takes it: an object, or the path of a YAML file."""
+    if given is None:
+        return None
+    content = read_yaml(Path(given)) if isinstance(given, str | Path) else given
+    config = OmegaConf.create(content)
+    assert isinstance(config, DictConfig)
+    return config.model if "model" in config else config
+
+
 class CascadeModel(ModelPT):
     """NemotronH on Megatron-core behind NeMo's model interface.
 
-    `cfg.architecture` holds the fields of NemotronHConfig; `cfg.layout`, `cfg.precision` and `cfg.layer_spec` are
-    optional. The state dict, and so a `.nemo` file, holds whole tensors under published names: a file written at one
-    layout restores at any other. Ranks are started with the layout if `parallel.start` has not run yet.
+    `cfg.architecture` holds the fields of NemotronHConfig; `layout`, `precision`, `layer_spec`, `seed` and, for
+    training under Lightning, `train_ds`, `validation_ds` (`training_rows.py`), `optim` (any of NeMo's, or
+    `nemo_optim.optim_config` of a stage), `router_frozen` and `expert_bias_rate` are optional. The state dict, and so a
+    `.nemo` file, holds whole tensors under published names: a file written at one layout restores at any other. Ranks
+    are started with the layout if `parallel.start` has not run yet.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -73,15 +103,97 @@ class CascadeModel(ModelPT):
             parallel.start(self.layout, seed=int(cfg.get("seed", 1)))
         super().__init__(cfg=cfg, trainer=trainer)
         self.model = nemotron_h.build(
-            self.hf_config, self.layout, str(cfg.get("precision", "fp32")), str(cfg.get("layer_spec", "local"))
+            self.hf_config,
+            self.layout,
+            str(cfg.get("precision", "fp32")),
+            str(cfg.get("layer_spec", "local")),
+            int(cfg.get("fp8_bf16_layers", BF16_LAYERS)),
         )
+        if cfg.get("router_frozen", False):
+            freeze_routers(self.model)
 
     @classmethod
-    def from_hf(cls, folder: str | Path, layout: ParallelLayout | None = None, precision: str = "fp32") -> CascadeModel:
-        """The model of a Hugging Face folder with its weights."""
-        model = cls(model_config(read_config(folder), layout, precision))
+    def from_hf(
+        cls,
+        folder: str | Path,
+        layout: ParallelLayout | None = None,
+        precision: str = "fp32",
+        override: DictConfig | None = None,
+        trainer: Trainer | None = None,
+    ) -> CascadeModel:
+        """The model of a Hugging Face folder with its weights; `override` lies over its config."""
+        cfg = model_config(read_config(folder), layout, precision)
+        model = cls(cfg if override is None else OmegaConf.merge(cfg, override), trainer)
         convert.load_folder(model.model, folder)
         return model
+
+    @classmethod
+    def list_available_models(cls) -> list[PretrainedModelInfo]:
+        """The models that the package itself holds; `from_pretrained` reads them without a network."""
+        return [
+            PretrainedModelInfo(name, DESCRIPTIONS[name], str(folder), cls)
+            for name, folder in PACKAGED.items()
+            if (folder / "config.json").is_file()
+        ]
+
+    @classmethod
+    def from_pretrained(  # noqa: PLR0913 - NeMo's signature
+        cls,
+        model_name: str,
+        refresh_cache: bool = False,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: Trainer | None = None,
+        save_restore_connector: Any = None,
+        return_model_file: bool = False,
+    ) -> Any:
+        """One of `list_available_models` by name, or a Hugging Face folder on this machine; nothing is downloaded.
+
+        `refresh_cache` and `save_restore_connector` mean nothing here: there is no cache and no `.nemo` file.
+        """
+        folder = hf_folder(model_name)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(info.pretrained_model_name for info in cls.list_available_models())
+            raise UserError(f"from_pretrained: {model_name!r} is neither one of {known} nor a Hugging Face folder here")
+        if return_model_file:
+            return str(folder)
+        override = _override(override_config_path)
+        if return_config:
+            cfg = model_config(read_config(folder))
+            return cfg if override is None else OmegaConf.merge(cfg, override)
+        model = cls.from_hf(folder, override=override, trainer=trainer)
+        return model if map_location is None else model.to(map_location)
+
+    @classmethod
+    def restore_from(  # noqa: PLR0913 - NeMo's signature
+        cls,
+        restore_path: str,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        save_restore_connector: Any = None,
+        trainer: Trainer | None = None,
+        validate_access_integrity: bool = True,
+    ) -> Any:
+        """The model of a `.nemo` file. An override config with `architecture` replaces the stored one, as in NeMo.
+
+        One without it names only what changes (another layout, precision, optim, data) and lies over the stored one.
+        """
+        override = _override(override_config_path)
+        if override is not None and "architecture" not in override:
+            stored = super().restore_from(restore_path, return_config=True)
+            OmegaConf.set_struct(stored, False)
+            override = OmegaConf.merge(stored, override)
+        try:
+            return super().restore_from(
+                restore_path, override, map_location, strict, return_config, save_restore_connector, trainer,
+                validate_access_integrity,
+            )  # fmt: skip
+        finally:  # NeMo forgets this after a refused file, and then no later model sets up its data
+            cls._set_model_restore_state(is_being_restored=False)
 
     def forward(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary] in fp32 of one packed row; sequence s is tokens_T[cu_seqlens[s]:cu_seqlens[s + 1]]."""
@@ -105,18 +217,22 @@ class CascadeModel(ModelPT):
         mask = batch["loss_mask_T"]
         return (losses * mask).sum() / mask.sum().clamp(min=1.0)
 
+    def on_train_batch_end(self, outputs: Any, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """Move the expert biases once per optimizer step, at the rate `cfg.expert_bias_rate` (0: never)."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            update_expert_bias(self.model, float(self._cfg.get("expert_bias_rate", 0.0)))
+
     def setup_training_data(self, train_data_config: DictConfig | dict[str, Any]) -> None:
-        """A loader of packed rows: `file` (JSON lines with token_ids and loss_mask) and `micro_batch_tokens`."""
-        self._train_dl = _loader(train_data_config, "train_ds")
+        """A loader of packed rows: `file` and `micro_batch_tokens`, or `data` and the other keys of an SFT stage."""
+        self._train_dl = loader(_plain(OmegaConf.create(train_data_config)), "train_ds")
 
     def setup_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
         """As `setup_training_data`, for `validation_ds`."""
-        self._validation_dl = _loader(val_data_config, "validation_ds")
+        self._validation_dl = loader(_plain(OmegaConf.create(val_data_config)), "validation_ds")
 
-    @classmethod
-    def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """Models that `from_pretrained` can download: none, checkpoints come as Hugging Face folders (`from_hf`)."""
-        return []
+    def setup_optimizer_param_groups(self) -> None:
+        """NeMo's hook: what is trained, vectors without weight decay as in the Learner's optimizer."""
+        self._optimizer_param_groups = decay_groups(self.parameters())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Whole tensors under published names, independent of the layout. Collective where the model is cut."""
@@ -136,37 +252,3 @@ class CascadeModel(ModelPT):
             super().save_to(save_path)
         finally:
             self._published = None
-
-
-class _PackedRows(IterableDataset[dict[str, torch.Tensor]]):
-    """Tokenised sequences of a JSON-lines file as packed rows."""
-
-    def __init__(self, file: Path, micro_batch_tokens: int, source: str) -> None:
-        if not file.is_file():
-            raise UserError(f"{source}: file {file} does not exist")
-        self.file, self.micro_batch_tokens, self.source = file, micro_batch_tokens, source
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        sequences = []
-        for number, line in enumerate(self.file.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                sequences.append(Sequence(tuple(row["token_ids"]), tuple(row["loss_mask"])))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                message = f"{self.file}:{number}: a row needs the lists token_ids and loss_mask ({error})"
-                raise UserError(message) from error
-        for batch in pack(sequences, self.micro_batch_tokens).batches:
-            yield {
-                "tokens_T": batch.tokens_T,
-                "targets_T": batch.targets_T,
-                "loss_mask_T": batch.loss_mask_T,
-                "cu_seqlens": batch.cu_seqlens,
-            }
-
-
-def _loader(config: DictConfig | dict[str, Any], source: str) -> DataLoader[dict[str, torch.Tensor]]:
-    """One packed row per item; the row is the batch."""
-    if "file" not in config:
-        raise UserError(f"{source}: key file is missing (JSON lines with token_ids and loss_mask)")
-    rows = _PackedRows(Path(str(config["file"])), int(config.get("micro_batch_tokens", 4096)), source)
-    return DataLoader(rows, batch_size=None)

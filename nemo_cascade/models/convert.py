@@ -118,6 +118,11 @@ def _check_config(folder: Path, config: NemotronHConfig) -> None:
             )
 
 
+def dtype_name(tensor: torch.Tensor) -> str:
+    """`float32` of torch.float32: the names that models/dtypes.py uses, which knows no torch."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def save_folder(
     source: NemotronH | Iterable[tuple[str, torch.Tensor]],
     config: NemotronHConfig,

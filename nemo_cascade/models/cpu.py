@@ -1,8 +1,7 @@
 """A CPU stand-in for the torch.cuda calls of megatron-core 0.16.1, so that one Learner serves laptop and cluster.
 
 Nothing here is active where CUDA exists. Every patch names the megatron line that needs it; when megatron-core moves,
-this file is the list to check. Configuration avoids the rest: the allgather token dispatcher (alltoall wants CUDA
-streams), `use_cpu_initialization`, no fused kernels.
+this file is the list to check. Configuration avoids the rest: `use_cpu_initialization`, no fused kernels.
 """
 
 from __future__ import annotations
@@ -86,6 +85,7 @@ def install() -> None:
 
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     # tensor_parallel/random.py:40-110 read and set the CUDA generator (activation recompute calls both).
     mcore_random._get_cuda_rng_state = _get_rng_state
@@ -97,7 +97,19 @@ def install() -> None:
     moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     # pipeline_parallel/p2p_communication.py:242,398 synchronise the device after a send.
     torch.cuda.synchronize = _no_op  # type: ignore[assignment]
+    # moe/token_dispatcher.py:464 opens a side stream for copies to the host, and :839-885 makes and awaits them there.
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _CPU
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_as_numbers
     _installed = True
+
+
+def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """What the alltoall dispatcher copies to the host is there already; collectives want the counts as a list."""
+    for name in ("input_splits", "output_splits"):
+        counts = getattr(dispatcher, name)
+        if isinstance(counts, torch.Tensor):
+            setattr(dispatcher, name, counts.tolist())
+    return tokens_per_expert
 
 
 def _no_op(device: Any = None) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.dtypes import export_dtype, kind_of
 from nemo_cascade.models.hf_extras import write_extras
 from nemo_cascade.models.hf_folder import (
     Progress,
@@ -30,10 +31,7 @@ from nemo_cascade.models.hf_folder import (
 from nemo_cascade.models.hf_writer import SHARD_BYTES, Planned, ShardWriter, plan_shards, write_failed
 from nemo_cascade.types import UserError
 
-DTYPE_POLICIES = ("fp32", "bf16")
 KEEP = "keep"
-# kept fp32 in a bf16 export: routing decides on small differences, and the decay is exp of exp
-_FP32_ENDINGS = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' dtypes that a weight may have. FP8 is not one: its scales would be lost."""
 SAFETENSORS_NAMES = {dtype: name for name, dtype in STORED.items()}
@@ -64,12 +62,11 @@ def as_policy(name: str, tensor: torch.Tensor, dtype_policy: str) -> torch.Tenso
 
 
 def stored_dtype(name: str, dtype: torch.dtype, dtype_policy: str) -> torch.dtype:
-    """fp32 stores all in fp32, bf16 keeps only the sensitive ones so, keep changes nothing."""
+    """fp32 stores all in fp32, bf16 only what models/dtypes.py keeps wide, keep changes nothing."""
     if dtype_policy == KEEP:
         return dtype
-    if dtype_policy not in DTYPE_POLICIES:
-        raise UserError(f"precision_export: {dtype_policy!r} is not one of {', '.join(DTYPE_POLICIES)}")
-    return torch.float32 if dtype_policy == "fp32" or name.endswith(_FP32_ENDINGS) else torch.bfloat16
+    stored: torch.dtype = getattr(torch, export_dtype(kind_of(name), dtype_policy))
+    return stored
 
 
 def refuse_quantised(headers: dict[str, TensorHeader]) -> None:

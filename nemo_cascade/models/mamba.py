@@ -165,15 +165,17 @@ class Mamba2Mixer(MegatronModule):
         row = projected.view(projected.shape[0], -1)
         z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
         if packed_seq_params.cut is None:
-            weights = ScanWeights(
-                self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.groups
-            )
-            y = self._scan_row(mixed, packed_seq_params.layout, weights)
+            y = self._scan_row(mixed, packed_seq_params.layout, self.scan_weights())
         else:
             y = self._scan_cut(mixed, packed_seq_params.layout, packed_seq_params.cut)
         y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps)
         output, bias = self.out_proj(y.to(row.dtype).unsqueeze(1))
         return output, bias
+
+    def scan_weights(self) -> ScanWeights:
+        """Those of all heads of this rank."""
+        conv = self.conv1d.weight.squeeze(1)
+        return ScanWeights(conv, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.groups)
 
     def _scan_cut(self, mixed: torch.Tensor, layout: PackedLayout, cut: RowCut) -> torch.Tensor:
         """Own tokens of [x B C dt], all heads -> own tokens of y: between them all tokens of a share of the heads.

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemo_cascade.models.fp8_emulation import BlockRecipe, expert_products
 from nemo_cascade.models.sharding import stacked_experts
 
 
@@ -78,14 +79,13 @@ class LocalExperts(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.pg_collection = pg_collection
+        self.fp8: BlockRecipe | None = None  # set where a profile emulates FP8
         width, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
         self.up = torch.nn.Parameter(torch.empty(num_local_experts, width, hidden, dtype=dtype))
         self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
         for weight, init in ((self.up, config.init_method), (self.down, config.output_layer_init_method)):
             _fill(weight, init, pg_collection.ep.rank(), pg_collection.ep.size())
-            # With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are
-            # summed over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
-            weight.allreduce = pg_collection.ep.size() == 1 and pg_collection.tp.size() == 1  # type: ignore[attr-defined]
+            weight.allreduce = counted_as_dense(pg_collection)  # type: ignore[attr-defined]
             # The gradient norm leaves out what it takes for copies on other tensor-parallel ranks. These are not: where
             # experts are copies, the group over which their norm is summed (expert and pipeline ranks) has one of them.
             set_tensor_model_parallel_attributes(weight, True, 0, 1)
@@ -95,10 +95,10 @@ class LocalExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """Tokens sorted by expert [T, hidden] -> the same rows, already weighted by the router."""
         probs = permuted_probs.to(permuted_local_hidden_states.dtype)
-        out = _GroupedSquaredReluMLP.apply(
-            permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist()
-        )
-        return out, None
+        operands = (permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist())
+        if self.fp8 is not None:
+            return expert_products(*operands, self.fp8), None
+        return _GroupedSquaredReluMLP.apply(*operands), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""
@@ -116,6 +116,15 @@ class LocalExperts(MegatronModule):
             )
             for own, theirs in names.items()
         }
+
+
+def counted_as_dense(groups: ProcessGroupCollection) -> bool:
+    """Whether Megatron may sum experts' gradients like those of dense weights.
+
+    With sequence parallelism each tensor-parallel rank's experts see its own tokens only: their gradients are summed
+    over the expert-data-parallel group, which spans those ranks, and so must not count as dense.
+    """
+    return groups.ep.size() == 1 and groups.tp.size() == 1
 
 
 def _fill(weight: torch.nn.Parameter, init: Callable[[torch.Tensor], Any], rank: int, ranks: int) -> None:

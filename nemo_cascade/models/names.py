@@ -238,7 +238,11 @@ class _LayerView:
             megatron, dim = same[name]
             return (_whole(self._get(megatron), dim),)
         _, expert, which, _ = name.split(".")
-        stacked = self._get("mlp.experts.up" if which == "up_proj" else "mlp.experts.down")
-        first = parallel_state.get_expert_model_parallel_rank() * stacked.shape[0]
-        index = int(expert) - first
-        return (_whole(stacked[index], None),) if 0 <= index < stacked.shape[0] else ()
+        count = self.config.n_routed_experts // parallel_state.get_expert_model_parallel_world_size()
+        index = int(expert) - parallel_state.get_expert_model_parallel_rank() * count
+        if not 0 <= index < count:
+            return ()
+        grouped = "mlp.experts.linear_fc1.weight" if which == "up_proj" else "mlp.experts.linear_fc2.weight"
+        if f"{self.prefix}{grouped}0" in self.local:  # the te spec: one tensor per expert
+            return (_whole(self._get(f"{grouped}{index}"), None),)
+        return (_whole(self._get("mlp.experts.up" if which == "up_proj" else "mlp.experts.down")[index], None),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,17 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 from nemo_cascade.models import cpu, layout_rules
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.context import RowCut
+from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.models.moe import counting_only
 from nemo_cascade.models.packed import PackedRow, packed_row
-from nemo_cascade.models.precision import transformer_options
+from nemo_cascade.models.precision import BF16_LAYERS, apply, check_installed, transformer_options
 from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
 if TYPE_CHECKING:
     from nemo_cascade.models.parallel import ParallelLayout
+    from nemo_cascade.models.routing import Routing
 
-PER_HEAD = ("A_log", "D", "dt_bias")  # stay fp32 whatever the precision
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,33 @@ class Row:
 class NemotronH(MambaModel):
     """The policy: MambaModel whose input is one packed row of tokens.
 
-    `hf_config` is the architecture; `config` is Megatron's TransformerConfig.
+    `hf_config` is the architecture; `config` is Megatron's TransformerConfig; `precision` and `layer_spec` are those of
+    the hardware file and say which dtype each tensor has (models/dtypes.py).
     """
 
-    def __init__(self, hf_config: NemotronHConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, hf_config: NemotronHConfig, precision: str = "fp32", layer_spec: str = "local", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.hf_config = hf_config
+        self.precision, self.layer_spec = precision, layer_spec
 
-    def row(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True) -> Row:
+    def row(
+        self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, counted: bool = True, routing: Routing | None = None
+    ) -> Row:
         """A packed row as this rank computes it. Collective where experts are spread over ranks.
 
-        `counted` False: no token of it counts in the routers' statistics.
+        `counted` False: no token of it counts in the routers' statistics. `routing` records the experts of the row's
+        one call of `run`, or replays others.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
         group = self.pg_collection.cp
         cut = RowCut.of(cu_seqlens, group) if group.size() > 1 else None
         packed = packed_row(cu_seqlens, self.hf_config.chunk_size, cut)
+        if routing is not None:
+            routing.begin(count, tokens_T.shape[0], self.hf_config.num_experts_per_tok, self.pg_collection.tp)
+            packed.routing = routing
         return Row(tokens_T if cut is None else cut.own(tokens_T), packed, count, tokens_T.shape[0], counted)
 
     def run(self, row: Row) -> torch.Tensor:
@@ -94,12 +106,14 @@ class NemotronH(MambaModel):
             logits = gather_from_tensor_model_parallel_region(logits)
         return logits.float()
 
-    def packed_logits(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def packed_logits(
+        self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, routing: Routing | None = None
+    ) -> torch.Tensor:
         """Logits [T, vocabulary] in fp32 of one packed row; row t predicts the token after t inside its sequence.
 
-        Not for pipeline stages: there `learner/pipeline.py` lets Megatron's schedule call `run`.
+        `routing` as in `row`. Not for pipeline stages: there `learner/pipeline.py` lets Megatron's schedule call `run`.
         """
-        row = self.row(tokens_T, cu_seqlens)
+        row = self.row(tokens_T, cu_seqlens, routing=routing)
         return row.whole(self.run(row))
 
     def _counted(self, row: Row) -> torch.Tensor | None:
@@ -113,11 +127,12 @@ class NemotronH(MambaModel):
     def _filled(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The row with one sequence of padding at its end where the ranks need it, else as it is.
 
-        Sequence and context parallelism cut the row evenly, and the allgather dispatcher joins rows of equal length
-        from all expert-parallel ranks.
+        Sequence and context parallelism cut the row evenly, the allgather dispatcher joins rows of equal length from
+        all expert-parallel ranks, and FP8 sums over whole blocks of the tokens that a rank holds.
         """
         context, experts = self.pg_collection.cp.size(), self.pg_collection.ep
-        multiple = self.pg_collection.tp.size() * (2 * context if context > 1 else 1)
+        pieces = self.pg_collection.tp.size() * (2 * context if context > 1 else 1)
+        multiple = pieces * profile_of(self.precision).token_multiple
         count = tokens_T.shape[0]
         wanted = torch.tensor([count])
         if experts.size() > 1:
@@ -131,7 +146,11 @@ class NemotronH(MambaModel):
 
 
 def transformer_config(
-    config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local"
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
 ) -> TransformerConfig:
     """Megatron's names for the same architecture (method 8.3, CONFIG mapping pairs)."""
     cuda = torch.cuda.is_available()
@@ -154,7 +173,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # the Learner calls moe.update_expert_bias with the stage's rate
-        moe_token_dispatcher_type="alltoall" if cuda else "allgather",
+        moe_token_dispatcher_type=layout.dispatcher_here(),
         moe_grouped_gemm=spec == "te",
         mamba_state_dim=config.ssm_state_size,
         mamba_head_dim=config.mamba_head_dim,
@@ -182,7 +201,9 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
-        **transformer_options(precision, spec, layout_rules.fp8_exempt(config, layout.tensor, precision)),
+        **transformer_options(
+            precision, spec, layout_rules.fp8_exempt(config, layout.tensor, precision), bf16_layers
+        ),
     )
 
 
@@ -193,12 +214,25 @@ def _output_init(config: NemotronHConfig) -> Any:
     return scaled_init_method_normal(config.initializer_range, config.num_hidden_layers, 2.0)
 
 
-def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp32", spec: str = "local") -> NemotronH:
+def build(
+    config: NemotronHConfig,
+    layout: ParallelLayout,
+    precision: str = "fp32",
+    spec: str = "local",
+    bf16_layers: int = BF16_LAYERS,
+) -> NemotronH:
     """This rank's part of a randomly initialised policy; `learner.parallel.start` must have run with the same layout.
 
-    The random weights follow torch's seed. Raises UserError where a layout does not divide the model.
+    The random weights follow torch's seed. `bf16_layers` at each end are left out of FP8. Raises UserError where a
+    layout does not divide the model.
     """
     _check_layout(config, layout, spec)
+    if spec == "te" and precision == "fp32":
+        raise UserError(
+            "hardware.layer_spec: te has no attention kernel for packed rows in fp32; set precision: bf16 or "
+            "layer_spec: local"
+        )
+    check_installed(precision, spec)
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     started = (groups.tp.size(), groups.ep.size(), groups.pp.size(), groups.cp.size())
@@ -207,21 +241,26 @@ def build(config: NemotronHConfig, layout: ParallelLayout, precision: str = "fp3
             f"the ranks were started with tensor, expert, pipeline, context {started}, the model is built for "
             f"{(layout.tensor, layout.expert, layout.pipeline, layout.context)}; start them with one layout"
         )
-    model = NemotronH(
-        config,
-        config=transformer_config(config, layout, precision, spec),
-        mamba_stack_spec=layer_spec(spec, config),
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        hybrid_override_pattern=config.hybrid_override_pattern,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        pg_collection=groups,
-    )
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda") if cuda else contextlib.nullcontext():  # 30B random numbers take minutes on the host
+        model = NemotronH(
+            config,
+            precision,
+            spec,
+            config=transformer_config(config, layout, precision, spec, bf16_layers),
+            mamba_stack_spec=layer_spec(spec, config),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            hybrid_override_pattern=config.hybrid_override_pattern,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            pg_collection=groups,
+        )
     # Stages tell each other the length of every row. Set here because TransformerConfig would refuse it together with
     # the allgather dispatcher, which needs equal rows over expert-parallel ranks only: `NemotronH.row` pads to that.
     model.config.variable_seq_lengths = layout.pipeline > 1
-    if torch.cuda.is_available():
+    apply(model, precision, spec)
+    if cuda:
         model.cuda()
     return model
 

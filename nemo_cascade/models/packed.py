@@ -10,12 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_cascade.models.context import RowCut
+
+if TYPE_CHECKING:
+    from nemo_cascade.models.routing import Routing
 
 BLOCK_COST = 64  # padded positions that cost as much time as one more block (some 60 small operations per layer)
 
@@ -109,6 +112,7 @@ class PackedRow(PackedSeqParams):
 
     layout: PackedLayout | None = field(default=None)
     cut: RowCut | None = field(default=None)
+    routing: Routing | None = field(default=None)  # what the routers of this call replay or record
 
 
 def packed_row(cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None) -> PackedRow:

@@ -32,6 +32,7 @@ class ParallelLayout:
     expert: int = 1
     context: int = 1
     expert_tensor: int = 1
+    dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto, alltoall on a GPU
 
     def __post_init__(self) -> None:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert, "context": self.context}
@@ -49,7 +50,14 @@ class ParallelLayout:
             pipeline=hardware.pipeline_parallel,
             expert=hardware.expert_parallel,
             context=hardware.context_parallel,
+            dispatcher=hardware.moe_dispatcher,
         )
+
+    def dispatcher_here(self) -> str:
+        """Megatron's dispatcher on this machine. Both give the same sums; allgather moves every token to every rank."""
+        if self.dispatcher != "auto":
+            return self.dispatcher
+        return "alltoall" if torch.cuda.is_available() else "allgather"
 
     @property
     def model_ranks(self) -> int:

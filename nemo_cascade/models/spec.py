@@ -23,6 +23,7 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer, MixerShape, MixerSubmodules
 from nemo_cascade.models.moe import LocalExperts
 from nemo_cascade.models.norms import RMSNorm
+from nemo_cascade.models.routing import MoETransformerLayer
 from nemo_cascade.types import UserError
 
 
@@ -45,13 +46,13 @@ def layer_spec(name: str, config: NemotronHConfig) -> ModuleSpec:
     if name == "local":
         return _local_spec(config)
     if name == "te":
-        return _te_spec()
+        return _te_spec(config)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
 
 
-def _local_spec(config: NemotronHConfig) -> ModuleSpec:
-    """PyTorch mixers between Megatron's parallel linear layers."""
-    shape = MixerShape(
+def _mixer_shape(config: NemotronHConfig) -> MixerShape:
+    """What the mixers of both specs are told about the architecture."""
+    return MixerShape(
         conv_kernel=config.conv_kernel,
         chunk_size=config.chunk_size,
         time_step_min=config.time_step_min,
@@ -59,9 +60,13 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
         time_step_floor=config.time_step_floor,
         norm_eps=config.layer_norm_epsilon,
     )
+
+
+def _local_spec(config: NemotronHConfig) -> ModuleSpec:
+    """PyTorch mixers between Megatron's parallel linear layers."""
     mixer = ModuleSpec(
         module=Mamba2Mixer,
-        params={"shape": shape},
+        params={"shape": _mixer_shape(config)},
         submodules=MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
     )
     attention = ModuleSpec(
@@ -90,21 +95,21 @@ def _local_spec(config: NemotronHConfig) -> ModuleSpec:
                 ),
             ),
             moe_layer=ModuleSpec(
-                module=TransformerLayer,
+                module=MoETransformerLayer,
+                params={"moe_layers": tuple(layer + 1 for layer in config.layers("E"))},
                 submodules=TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
             ),
         ),
     )
 
 
-def _te_spec() -> ModuleSpec:
-    """Megatron's own hybrid spec on Transformer Engine and mamba-ssm kernels."""
-    for package in ("transformer_engine", "mamba_ssm"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"hardware.layer_spec: te needs the package {package}, which is not installed; "
-                "run in the GPU container or set layer_spec: local"
-            )
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+def _te_spec(config: NemotronHConfig) -> ModuleSpec:
+    """Transformer Engine's layers (`te.py`), where it is installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; "
+            "run in the GPU container or set layer_spec: local"
+        )
+    from nemo_cascade.models.te import te_spec
 
-    return mamba_stack_spec
+    return te_spec(config, _mixer_shape(config))

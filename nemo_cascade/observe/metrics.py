@@ -47,6 +47,7 @@ METRICS: dict[str, Metric] = {
     "ratio": Metric("mean importance ratio p(learner) / p(sampler)"),
     "ratio_max": Metric("largest importance ratio of a sampled token", how="max"),
     "masked_share": Metric("tokens taken out of the loss by their importance ratio"),
+    "routing_flips": Metric("replayed experts that the routers would not choose in the update"),
     "reverse_kl": Metric("estimate of KL(student || teacher) per sampled token", "nat"),
     "advantage_abs": Metric("mean |advantage| of trained tokens"),
     "trained_tokens": Metric("tokens in the loss", "tokens", how="sum"),

@@ -13,9 +13,10 @@ from nemo_cascade.types import UserError
 
 
 class ChecksummedSampler(Sampler, Protocol):
-    """A Sampler that says what it holds."""
+    """A Sampler that says what it holds. `holds` is a column of models/dtypes.py: the dtypes it holds weights in."""
 
     checksum: str
+    holds: str
 
 
 class Checksum:

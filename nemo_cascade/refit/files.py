@@ -13,6 +13,7 @@ from safetensors import safe_open
 from nemo_cascade.models.hf_folder import read_header
 from nemo_cascade.protocols import Learner, Sampler
 from nemo_cascade.refit.checksum import ChecksummedSampler, expect_equal
+from nemo_cascade.refit.rounding import Rounding
 
 KEPT_FOLDERS = 2  # a sampler may still be reading the previous one
 
@@ -37,9 +38,14 @@ class FileRefit:
         """Export, load, compare; returns the content sha256 of the weights."""
         path = self.folder / f"version_{version:06d}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sent = learner.export(str(path))
         # launch pairs this refit with samplers that read folders
         reader: FolderSampler = sampler  # type: ignore[assignment]
+        rounding = Rounding(reader.holds)
+        sent = learner.export(str(path))
+        if rounding.possible:
+            for name, tensor in folder_tensors(path):
+                rounding.add(name, tensor)
+        rounding.report(version)
         reader.load_folder(path, version)
         expect_equal(sent, reader.checksum, version)
         for old in sorted(self.folder.glob("version_*"))[:-KEPT_FOLDERS]:

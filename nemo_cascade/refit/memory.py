@@ -8,6 +8,7 @@ import torch
 
 from nemo_cascade.protocols import Learner, Sampler
 from nemo_cascade.refit.checksum import Checksum, ChecksummedSampler, expect_equal
+from nemo_cascade.refit.rounding import Rounding
 
 
 class MemoryRefit:
@@ -18,16 +19,18 @@ class MemoryRefit:
 
     def refit(self, learner: Learner, sampler: Sampler, version: int) -> str:
         """Copy, compare; returns the checksum of the weights that both sides hold."""
-        sent = Checksum()
+        # our samplers all say what they hold
+        receiver: ChecksummedSampler = sampler  # type: ignore[assignment]
+        sent, rounding = Checksum(), Rounding(receiver.holds)
 
         def hashed() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in learner.weights():
                 sent.add(name, tensor)
+                rounding.add(name, tensor)
                 yield name, tensor
 
         sampler.load_weights(hashed(), version)
-        # our samplers all say what they hold
-        receiver: ChecksummedSampler = sampler  # type: ignore[assignment]
+        rounding.report(version)
         checksum = sent.hexdigest()
         expect_equal(checksum, receiver.checksum, version)
         return checksum

@@ -29,6 +29,8 @@ class LocalSampler:
     `max_batch` rows are decoded together; more requests wait for a place. `checksum` is that of the loaded weights.
     """
 
+    holds = "local"  # column of models/dtypes.py
+
     def __init__(self, config: NemotronHConfig, version: int = 0, max_batch: int = 128) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch: {max_batch} is below 1")

@@ -43,6 +43,7 @@ class RemoteSampler:
         health = self._call("GET", "/health")
         self.version = int(health["version"])  # type: ignore[arg-type]
         self.checksum = str(health["checksum"])
+        self.holds = str(health.get("holds", "trtllm"))  # who does not say is taken to hold what TensorRT-LLM holds
         self._vocab_size = int(health["vocab_size"])  # type: ignore[arg-type]
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Completion]]:

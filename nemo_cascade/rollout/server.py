@@ -54,7 +54,8 @@ class Server:
         """Up, and with which weights."""
         sampler = self.sampler
         vocab_size = sampler.config.vocab_size
-        return {"status": "ok", "version": sampler.version, "checksum": sampler.checksum, "vocab_size": vocab_size}
+        held = {"version": sampler.version, "checksum": sampler.checksum, "holds": sampler.holds}
+        return {"status": "ok", "vocab_size": vocab_size, **held}
 
     def models(self) -> Answer:
         """The one model that is served."""

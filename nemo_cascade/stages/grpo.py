@@ -15,7 +15,7 @@ from nemo_cascade.observe.record import RunRecord
 from nemo_cascade.protocols import Learner, Refit, Sampler
 from nemo_cascade.rollout.source import RolloutSource
 from nemo_cascade.stages.checkpoints import Checkpoints
-from nemo_cascade.stages.sequences import as_sequences, with_reference
+from nemo_cascade.stages.sequences import as_sequences, with_reference, with_routing
 
 
 def train(  # noqa: PLR0913 - the seams of the loop, each named once
@@ -40,6 +40,7 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
         if cfg.mode != "sample_only":
             with record.timer("training"):
                 sequences = with_reference(sequences, learner, reference)
+                sequences = with_routing(sequences, learner, cfg.loss.routing_replay)
                 metrics = learner.update(sequences, objective)
             with record.timer("refit"):
                 refit.refit(learner, sampler, version=step + 1)

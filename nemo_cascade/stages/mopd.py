@@ -17,7 +17,7 @@ from nemo_cascade.observe.record import RunRecord
 from nemo_cascade.protocols import Learner, Refit, Sampler
 from nemo_cascade.rollout.source import RolloutSource
 from nemo_cascade.stages.checkpoints import Checkpoints
-from nemo_cascade.stages.sequences import as_sequences, with_teachers
+from nemo_cascade.stages.sequences import as_sequences, with_routing, with_teachers
 
 
 def train(  # noqa: PLR0913 - the seams of the loop, each named once
@@ -42,6 +42,7 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
                 sequences = as_sequences(collected.groups, teachers=teachers)
                 if not objective.needs_teacher_vocabulary:
                     sequences = with_teachers(sequences, teachers.values(), learner)
+                sequences = with_routing(sequences, learner, cfg.distill.routing_replay)
                 metrics = learner.update(sequences, objective)
             with record.timer("refit"):
                 refit.refit(learner, sampler, version=step + 1)

@@ -51,6 +51,17 @@ def with_reference(sequences: Sequence[TokenSequence], learner: Learner, referen
     ]
 
 
+def with_routing(sequences: Sequence[TokenSequence], learner: Learner, replay: str) -> list[TokenSequence]:
+    """The same sequences with the experts that the update must use (`loss.routing_replay`).
+
+    `learner`: what the policy chooses in a pass without gradient, just before the update; `none`: the update chooses.
+    """
+    if replay == "none":
+        return list(sequences)
+    experts = learner.routing(sequences)
+    return [dataclasses.replace(sequence, routed_experts=own) for sequence, own in zip(sequences, experts, strict=True)]
+
+
 def with_teachers(sequences: Sequence[TokenSequence], folders: Iterable[str], learner: Learner) -> list[TokenSequence]:
     """The same sequences with log p_teacher of every token; the sequences of one teacher are scored in one visit.
 

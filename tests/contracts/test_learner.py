@@ -1,5 +1,6 @@
 """What every Learner promises, whatever stands behind the protocol."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_logprobs_cover_every_token_in_input_order(make: Callable[..., Learner])
     alone = learner.logprobs(SEQUENCES[1:2])
     assert rows[1] == pytest.approx(alone[0], abs=1e-5)
     assert learner.logprobs([]) == []
+
+
+def test_routing_names_the_experts_of_every_token_in_input_order(make: Callable[..., Learner]):
+    learner = make()
+    experts = learner.routing(SEQUENCES)
+    assert [len(row) for row in experts] == [5, 3, 1]  # one MoE layer of top-1
+    assert set(b"".join(experts)) <= {0, 1}
+    assert learner.routing(SEQUENCES[1:2]) == [experts[1]]
+    metrics = learner.update(
+        [dataclasses.replace(row, routed_experts=own) for row, own in zip(SEQUENCES, experts, strict=True)],
+        policy_gradient(LossConfig()),
+    )
+    assert metrics["routing_flips"] == 0.0
 
 
 def test_update_raises_what_has_a_positive_advantage_and_lowers_the_rest(make: Callable[..., Learner]):

@@ -37,7 +37,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 def test_there_is_a_test_for_each() -> None:
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03"]
+    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04"]
 
 
 def test_one_grpo_step_moves_the_weights(tmp_path: Path) -> None:
@@ -68,3 +68,12 @@ def test_a_cascade_runs_once_and_reports(tmp_path: Path) -> None:
     assert re.findall(r"^\[(\d)/2\] \w+: done \([0-9a-f]{8}\)$", again, re.MULTILINE) == ["1", "2"]
     assert "finished" not in again
     assert numbers(r"report.html: (\d+) KiB", again)[0] > 20
+
+
+def test_lightning_trains_the_shipped_model(tmp_path: Path) -> None:
+    text = output_of("04", tmp_path)
+    assert re.findall(r"^(\w+): ", text, re.MULTILINE)[:2] == ["nano", "nano_judge"]
+    losses = [float(value) for value in re.findall(r"^step \d+: loss ([\d.]+)", text, re.MULTILINE)]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    assert numbers(r"sft.nemo: (\d+) KiB", text)[0] > 1000
+    assert "restored 73 tensors, embeddings in torch.bfloat16" in text

@@ -102,7 +102,8 @@ def test_a_judge_that_answers_rubbish(tmp_path):
 def test_transformer_engine_without_a_gpu(tmp_path):
     cascade = Cascade(tmp_path, ONE_STAGE, {"sft": SFT})
     said = refusal(cascade.run("hardware.layer_spec=te", "hardware.precision=hopper_fp8"), 1)
-    assert "hardware.precision: hopper_fp8 needs a GPU and this machine has none; set it to fp32" in said
+    assert "hardware.precision: hopper_fp8 needs a GPU and this machine has none; set it to fp32, or to " in said
+    assert "hopper_fp8_emulated to see what FP8 does" in said
 
 
 def test_a_port_in_use(trained):

@@ -102,6 +102,7 @@ def test_the_last_step_is_the_stage_itself(cascade):
         ("hardware.tensor_parallel=3", "2 ranks are not a multiple of"),
         ("hardware.expert_parallel=4", "4 does not divide the 2 ranks"),
         ("hardware.precision=hopper_fp8", "needs layer_spec te"),
+        ("hardware.layer_spec=te", "te (Transformer Engine) has no fp32 attention"),
         ("model.hidden_sizes=3", "unknown key 'hidden_sizes'"),
         ("base=hf:nowhere", "nowhere is no Hugging Face folder"),
         ("base=sfft", "key 'base': no stage 'sfft'"),

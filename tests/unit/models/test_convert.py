@@ -83,12 +83,14 @@ def test_the_hash_sees_one_changed_value(model: NemotronH, config: NemotronHConf
     assert convert.save_folder(model, config, tmp_path / "hf") != first
 
 
-def test_bf16_export_keeps_routing_and_decay_in_fp32(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
+def test_bf16_export_keeps_what_decides_in_fp32(model: NemotronH, config: NemotronHConfig, tmp_path: Path) -> None:
     convert.save_folder(model, config, tmp_path, dtype_policy="bf16")
     kept = {
         name.split("mixer.")[-1] for name, header in hf_folder.read_header(tmp_path).items() if header.dtype == "F32"
     }
-    assert kept == {"gate.weight", "gate.e_score_correction_bias", "A_log", "D", "dt_bias"}
+    norms = {f"backbone.layers.{layer}.norm.weight" for layer in range(config.num_hidden_layers)}
+    decides = {"gate.weight", "gate.e_score_correction_bias", "A_log", "D", "dt_bias", "norm.weight"}
+    assert kept == {*decides, *norms, "backbone.norm_f.weight"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     convert.load_folder(model, tmp_path)
 

@@ -128,13 +128,17 @@ def test_norm_gradients(model: NemotronH) -> None:
     assert torch.autograd.gradcheck(lambda *args: gated_rms_norm(*args, 3, 1e-5), (x, z, weight))
 
 
-def test_bf16_keeps_per_head_parameters_and_bias_in_fp32(config: NemotronHConfig, layout: ParallelLayout) -> None:
+def test_bf16_keeps_router_norms_and_heads_in_fp32(config: NemotronHConfig, layout: ParallelLayout) -> None:
     torch.manual_seed(0)
     reference = nemotron_h.build(config, layout)
     model = nemotron_h.build(config, layout, precision="bf16")
     convert.import_weights(model, config, convert.export_weights(reference, config))
-    kept = {name.split(".")[-1] for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    assert kept == {"A_log", "D", "dt_bias"}
+    wide = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]
+    kept = {".".join(name.split(".")[-2:]) for name in wide}
+    assert kept == {
+        "mixer.A_log", "mixer.D", "mixer.dt_bias", "router.weight", "norm.weight", "input_layernorm.weight",
+        "pre_mlp_layernorm.weight", "final_norm.weight",
+    }  # fmt: skip
     tokens, bounds = row([40, 50])
     with torch.no_grad():
         gap = model.packed_logits(tokens, bounds).log_softmax(-1) - reference.packed_logits(tokens, bounds).log_softmax(
@@ -148,7 +152,8 @@ def test_bf16_keeps_per_head_parameters_and_bias_in_fp32(config: NemotronHConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spec": "te"}, "te needs the package"),
+        ({"spec": "te", "precision": "bf16"}, "te needs the package transformer_engine (2.9 to 2.11)"),
+        ({"spec": "te"}, "te has no attention kernel for packed rows in fp32; set precision: bf16"),
         ({"precision": "hopper_fp8"}, "hopper_fp8 needs hardware.layer_spec: te"),
         ({"precision": "int4"}, "'int4' is not one of"),
         ({"layout": ParallelLayout(tensor=4)}, "tensor_parallel: 4 does not divide the model's n_groups 2"),

@@ -1,7 +1,7 @@
 import pytest
 
+from nemo_cascade.algorithms.schedule import learning_rate
 from nemo_cascade.config.schema import OptimizerConfig
-from nemo_cascade.learner.schedule import learning_rate
 
 
 def rates(cfg: OptimizerConfig, steps: list[int], num_steps: int = 100) -> list[float]:

@@ -1,0 +1,45 @@
+"""The Mamba-2 mixer on mamba-ssm's Triton kernels; imported only where mamba_ssm is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+from nemo_cascade.models.mamba import Mamba2Mixer, ScanWeights
+from nemo_cascade.models.scan import causal_conv_silu
+
+if importlib.util.find_spec("causal_conv1d") is not None:
+    from causal_conv1d import causal_conv1d_fn
+else:
+    causal_conv1d_fn = None
+
+
+class KernelMixer(Mamba2Mixer):
+    """Our mixer with convolution and scan as single kernels; same parameters, same result up to rounding."""
+
+    def _scan(self, block: torch.Tensor, weights: ScanWeights) -> torch.Tensor:
+        """Convolution and state-space scan of one right-padded block [S, L, x B C dt] -> [S, L, heads * head_dim]."""
+        S, L, _ = block.shape
+        heads, groups = weights.D.shape[0], weights.groups
+        inner, width = heads * self.head_dim, groups * self.state
+        xBC, dt = block.split([inner + 2 * width, heads], dim=-1)
+        if causal_conv1d_fn is None:
+            xBC = causal_conv_silu(xBC, weights.conv, weights.conv_bias)
+        else:  # channels last: [S, C, L] with stride 1 over C
+            channels_last = xBC.contiguous().transpose(1, 2)
+            xBC = causal_conv1d_fn(channels_last, weights.conv, weights.conv_bias, activation="silu").transpose(1, 2)
+        x, B, C = xBC.split([inner, width, width], dim=-1)
+        y = mamba_chunk_scan_combined(
+            x.reshape(S, L, heads, self.head_dim),
+            dt.contiguous(),
+            -torch.exp(weights.A_log),
+            B.reshape(S, L, groups, self.state),
+            C.reshape(S, L, groups, self.state),
+            self.shape.chunk_size,
+            D=weights.D,
+            dt_bias=weights.dt_bias,
+            dt_softplus=True,
+        )
+        return y.reshape(S, L, inner)

@@ -1,0 +1,152 @@
+"""The model on a GPU: the local spec against the CPU, te against local, the 30B preset, a full-width stack trained.
+
+python -m pytest tests/gpu/test_model.py -m gpu
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.learner import parallel
+
+import torch  # isort: skip
+
+from nemo_cascade.algorithms.kept import RAW
+from nemo_cascade.algorithms.loss import cross_entropy
+from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
+from nemo_cascade.data.packing import to_batch
+from nemo_cascade.learner.forward import on_device, target_logprobs
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+from nemo_cascade.models import convert, nemotron_h
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.parallel import ParallelLayout
+from nemo_cascade.models.routing import Routing
+from nemo_cascade.types import Sequence
+from tests.gpu import cpu_side
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda is not available"),
+]
+FULL = "nemotron_3_nano_30b_a3b"
+CUDA = torch.device("cuda")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@pytest.fixture
+def layout() -> Iterator[ParallelLayout]:
+    """One rank; memory of the test before is given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield parallel.start(seed=3)
+    parallel.stop()
+
+
+def tokens(count: int, vocabulary: int) -> tuple[int, ...]:
+    return tuple(torch.randint(16, vocabulary, (count,), generator=torch.Generator().manual_seed(4)).tolist())
+
+
+def test_local_on_cuda_is_the_cpu_in_fp32(layout: ParallelLayout, tmp_path: Path) -> None:
+    config = NemotronHConfig.preset("nano")
+    convert.save_folder(nemotron_h.build(config, layout), config, tmp_path / "hf")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = str(Path(cpu_side.__file__))
+    subprocess.run([sys.executable, "-W", "ignore", script, str(tmp_path)], env=environment, check=True, timeout=300)
+    cpu = torch.load(tmp_path / "cpu.pt")
+    gpu = cpu_side.run(tmp_path, cpu["experts"])
+    mine, other = b"".join(gpu["experts"]), b"".join(cpu["experts"])
+    assert sum(a == b for a, b in zip(mine, other, strict=True)) > 0.999 * len(other)
+    assert gpu["losses"] == pytest.approx(cpu["losses"], abs=1e-4)
+    own, expected = ([value for row in side["logprobs"] for value in row] for side in (gpu, cpu))
+    gaps = sorted(abs(a - b) for a, b in zip(own, expected, strict=True))
+    assert gaps[int(0.99 * len(gaps))] < 1e-4
+
+
+@pytest.mark.skipif(not installed("transformer_engine"), reason="transformer_engine is not installed")
+def test_te_is_local_in_bf16(layout: ParallelLayout) -> None:
+    """Same weights, same experts: log-probabilities and gradients differ by bf16 rounding."""
+    config = NemotronHConfig.preset("nemotron_h_50m")
+    local, other = (nemotron_h.build(config, layout, "bf16", spec) for spec in ("local", "te"))
+    convert.import_weights(other, config, convert.export_weights(local, config))
+    exported = dict(convert.export_weights(local, config))
+    for name, tensor in convert.export_weights(other, config):  # norms are fp32 in local and bf16 in te
+        assert torch.equal(tensor, exported[name].to(tensor.dtype)), name
+    row = torch.tensor(tokens(1500, config.vocab_size), device=CUDA)
+    bounds = torch.tensor([0, 700, 701, 1500], dtype=torch.int32, device=CUDA)
+    free = Routing()
+    expected = local.packed_logits(row, bounds, routing=free)
+    logits = other.packed_logits(row, bounds, routing=Routing(free.chosen()))
+    gap = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs()
+    assert gap.mean() < 0.01 and gap.amax(-1).quantile(0.99) < 0.1, (gap.mean(), gap.max())
+    grads = []
+    for model, values in ((local, expected), (other, logits)):
+        torch.nn.functional.cross_entropy(values, row).backward()
+        grads.append({name: parameter.grad.float() for name, parameter in model.named_parameters()})
+    for name in grads[0].keys() & grads[1].keys():
+        first, second = (grad[name].flatten() for grad in grads)
+        assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.98, name
+
+
+@pytest.mark.skipif(not installed("mamba_ssm"), reason="mamba_ssm is not installed")
+@torch.no_grad()
+def test_the_kernel_mixer_is_the_pytorch_one(layout: ParallelLayout) -> None:
+    from nemo_cascade.models.mamba_kernels import KernelMixer
+
+    config = NemotronHConfig.preset("nemotron_h_50m")
+    mixer = nemotron_h.build(config, layout, "bf16").decoder.layers[0].mixer
+    block = torch.randn(3, 200, mixer.conv_dim + mixer.heads, device=CUDA).bfloat16()
+    weights = mixer.scan_weights()
+    expected, found = mixer._scan(block, weights).float(), KernelMixer._scan(mixer, block, weights).float()
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def needs(gib: int) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if total < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, this one has {total:.0f}")
+
+
+@torch.no_grad()
+def test_the_30b_preset_scores_98k_tokens(layout: ParallelLayout) -> None:
+    """63 GiB of random weights. What comes later cannot change what came before, so a prefix alone is the reference."""
+    needs(100)
+    config = NemotronHConfig.preset(FULL)
+    model = nemotron_h.build(config, layout, "bf16").eval()
+    long = tokens(98304, config.vocab_size)
+    found = []
+    for row in (long[:4096], long):
+        batch = on_device(to_batch([Sequence(row, (1,) * len(row))]), CUDA)
+        logprobs_T, entropy_T = target_logprobs(model, batch, RAW, True)
+        assert torch.isfinite(logprobs_T).all() and torch.isfinite(entropy_T).all()
+        assert abs(float(logprobs_T[:-1].mean()) + math.log(config.vocab_size)) < 1.5
+        found.append(logprobs_T)
+    gap = (found[1][:4095] - found[0][:4095]).abs()
+    assert gap.mean() < 0.02 and gap.median() < 0.02, (gap.mean(), gap.max())
+    assert torch.cuda.max_memory_allocated() < 135 * 2**30
+
+
+def test_a_full_width_stack_is_trained(layout: ParallelLayout) -> None:
+    """One layer of each kind at the published widths and vocabulary: 2B parameters, AdamW in fp32."""
+    needs(70)
+    config = dataclasses.replace(NemotronHConfig.preset(FULL), hybrid_override_pattern="M*E")
+    hardware = HardwareConfig(name="one_gpu", precision="bf16")
+    learner = MegatronLearner(config, LearnerSettings(OptimizerConfig(lr=1e-3), 8, hardware=hardware), seed=3)
+    rows = [Sequence(tokens(length, 4096), (1,) * length) for length in (100, 700, 1200)]
+    steps = [learner.update(rows, cross_entropy("token")) for _ in range(8)]
+    losses = [metrics["loss"] for metrics in steps]
+    assert abs(losses[0] - math.log(config.vocab_size)) < 1.0, losses
+    assert losses[-1] < losses[0] - 1.0 and all(math.isfinite(metrics["grad_norm"]) for metrics in steps), losses

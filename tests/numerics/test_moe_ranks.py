@@ -1,0 +1,60 @@
+"""Experts over two ranks with either dispatcher, routing replay over ranks, a `.nemo` file under another layout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_cascade.models import convert
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.moe import routers
+from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.parallel import ParallelLayout
+from nemo_cascade.models.routing import Routing
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(model: NemotronH, config: NemotronHConfig, layout: ParallelLayout, tmp_path: Path) -> None:
+    from nemo_cascade.models.cascade_model import CascadeModel, model_config
+
+    convert.save_folder(model, config, tmp_path / "hf")
+    policy = CascadeModel(model_config(config, layout))
+    convert.load_folder(policy.model, tmp_path / "hf")
+    policy.save_to(str(tmp_path / "policy.nemo"))
+    tokens = torch.randint(0, config.vocab_size, (77,), generator=torch.Generator().manual_seed(2))
+    bounds = torch.tensor([0, 40, 53, 77]).int()
+    free = Routing()
+    logits = model.packed_logits(tokens, bounds, routing=free)
+    torch.nn.functional.cross_entropy(logits, tokens).backward()
+    replay = Routing((free.chosen() + 3) % 8)
+    expected = {
+        "tokens": tokens, "bounds": bounds, "logits": logits.detach(), "chosen": free.chosen(),
+        "other": replay.given, "up": model.decoder.layers[2].mlp.experts.up.grad, "gate": routers(model)[0].weight.grad,
+    }  # fmt: skip
+    with torch.no_grad():
+        expected["replayed"] = model.packed_logits(tokens, bounds, routing=replay)
+    assert (expected["replayed"] - expected["logits"]).abs().max() > 0.1
+    expected["difference"] = torch.tensor(replay.difference())
+    torch.save(expected, tmp_path / "expected.pt")
+    script = Path(__file__).with_name("moe_over_ranks.py")
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]

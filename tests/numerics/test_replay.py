@@ -1,0 +1,133 @@
+"""Routing replay through the Learner: recorded in one pass, used by the update, invisible to teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_cascade.learner import forward, parallel
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+
+import torch  # isort: skip
+
+from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
+from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
+from nemo_cascade.models.moe import routers
+from nemo_cascade.models.routing import NO_CHOICE
+from nemo_cascade.stages.sequences import with_routing
+from nemo_cascade.types import Sequence, UserError
+from tests.numerics.learner_worker import TINY, share
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[None]:
+    started = parallel.is_started()
+    if not started:
+        parallel.start()
+    yield
+    if not started:
+        parallel.stop()
+
+
+def build(seed: int = 1, micro_batch_tokens: int = 64) -> MegatronLearner:
+    settings = LearnerSettings(OptimizerConfig(lr=1e-3), num_steps=20, micro_batch_tokens=micro_batch_tokens)
+    return MegatronLearner(TINY, settings, seed=seed)
+
+
+def other_experts(rows: list[Sequence], experts: list[bytes]) -> list[Sequence]:
+    """Every choice moved on by one of the four experts."""
+    return [
+        dataclasses.replace(row, routed_experts=bytes((e + 1) % 4 for e in own))
+        for row, own in zip(rows, experts, strict=True)
+    ]
+
+
+def gradients(learner: MegatronLearner, rows: list[Sequence]) -> tuple[dict[str, float], torch.Tensor]:
+    """One update, and how it moved every weight."""
+    before = torch.cat([tensor.flatten().clone() for _, tensor in learner.weights()])
+    metrics = learner.update(rows, policy_gradient(LossConfig()))
+    return metrics, torch.cat([tensor.flatten() for _, tensor in learner.weights()]) - before
+
+
+def test_own_choices_change_nothing_and_other_choices_do():
+    rows = share(0, 0, 1)
+    plain, moved = gradients(build(), rows)
+    assert "routing_flips" not in plain
+    learner = build()
+    own = with_routing(rows, learner, "learner")
+    assert [len(row.routed_experts) for row in own] == [2 * len(row.token_ids) for row in rows]
+    replayed, same = gradients(learner, own)
+    assert replayed["routing_flips"] == 0.0
+    assert replayed["loss"] == plain["loss"] and torch.equal(same, moved)
+    learner = build()
+    forced, different = gradients(learner, other_experts(rows, learner.routing(rows)))
+    assert 0.4 < forced["routing_flips"] <= 1.0
+    assert (different - moved).abs().max() > 1e-4
+
+
+def test_packing_changes_neither_the_record_nor_the_replay():
+    rows = share(0, 0, 1)
+    one, many = build(micro_batch_tokens=4096), build(micro_batch_tokens=32)
+    experts = one.routing(rows)
+    assert many.routing(rows) == experts
+    (first, moved), (second, same) = (gradients(learner, other_experts(rows, experts)) for learner in (one, many))
+    assert second["routing_flips"] == first["routing_flips"] and second["micro_batches"] > first["micro_batches"]
+    torch.testing.assert_close(same, moved, rtol=0.0, atol=2e-6)
+
+
+def test_a_teacher_chooses_for_itself(tmp_path: Path):
+    """Log-probabilities of teacher, reference and policy do not see what the update replays."""
+    teacher = build(seed=9)
+    teacher.export(str(tmp_path / "teacher"))
+    learner, rows = build(), share(0, 0, 1)
+    plain = learner.logprobs(rows)
+    forced = other_experts(rows, learner.routing(rows))
+    with learner.using(str(tmp_path / "teacher")):
+        assert learner.logprobs(forced) == teacher.logprobs(rows)
+        with pytest.raises(ValueError, match="routing inside using"):
+            learner.routing(rows)
+    assert learner.logprobs(forced) == plain
+    named = [dataclasses.replace(row, teacher=str(tmp_path / "teacher")) for row in rows]
+    exact = distillation(DistillConfig(kind="full_vocab", importance_low=0.0, importance_high=1e9))
+    free = build().update(named, exact)["reverse_kl"]
+    fixed = build().update([dataclasses.replace(row, routed_experts=f.routed_experts) for row, f in
+                            zip(named, forced, strict=True)], exact)  # fmt: skip
+    assert fixed["routing_flips"] > 0.4 and fixed["reverse_kl"] != free
+    assert all(router.router_replay is None for router in routers(learner.model))
+
+
+def test_tokens_without_a_record_are_free():
+    rows, learner = share(0, 0, 1), build()
+    experts = learner.routing(rows)
+    half = [
+        dataclasses.replace(row, routed_experts=own[: -2] + bytes([NO_CHOICE] * 2))
+        for row, own in zip(rows, experts, strict=True)
+    ]
+    metrics = learner.update(half, cross_entropy("token"))
+    assert metrics["routing_flips"] == 0.0 and metrics["skipped"] == 0.0
+
+
+def test_long_rows_pass_the_output_layer_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    rows, learner = share(0, 0, 1), build(micro_batch_tokens=4096)
+    whole, calls = learner.logprobs(rows), []
+    learner.model.output_layer.register_forward_hook(lambda _, args, out: calls.append(out[0].shape[0]))
+    monkeypatch.setattr(forward, "PIECE", 50)
+    for found, expected in zip(learner.logprobs(rows), whole, strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert len(calls) > 3 and max(calls) == 50 and sum(calls[1:]) == sum(len(row.token_ids) for row in rows)
+
+
+def test_modes_and_mistakes():
+    rows, learner = share(0, 0, 1), build()
+    own = with_routing(rows, learner, "learner")
+    assert with_routing(rows, learner, "none") == rows
+    wide = [dataclasses.replace(row, routed_experts=bytes(6 * len(row.token_ids))) for row in rows]
+    with pytest.raises(UserError, match="6 experts a token were recorded, the model uses 1 layers of top-2"):
+        learner.update(wide, cross_entropy("token"))
+    with pytest.raises(ValueError, match="routed_experts: 0 bytes for"):
+        learner.update([own[0], rows[1]], cross_entropy("token"))
+    with pytest.raises(UserError, match="loss.routing_replay: 'r3' is not one of none, learner"):
+        LossConfig(routing_replay="r3")

@@ -1,0 +1,64 @@
+"""The te spec without Transformer Engine: megatron-core's wrappers around a stand-in of its layers, and refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_cascade.models import convert, names
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.spec import layer_spec
+from nemo_cascade.types import UserError
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_te_spec_on_the_stand_in_is_the_local_one() -> None:
+    """One published state dict for both; same logits and gradients in bf16 where both use the same experts."""
+    path = os.pathsep.join([str(HERE / "te_standin"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "te_worker.py")],
+        env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Grouped(torch.nn.Module):
+    """Expert weights as Transformer Engine's grouped linear layers hold them: weight0, weight1, ..."""
+
+    def __init__(self, stacked: torch.Tensor) -> None:
+        super().__init__()
+        for expert, weight in enumerate(stacked):
+            self.register_parameter(f"weight{expert}", torch.nn.Parameter(weight.detach().clone()))
+
+
+def test_names_know_both_forms_of_the_experts(model: NemotronH, config: NemotronHConfig) -> None:
+    stacked = dict(convert.export_weights(model, config))
+    for layer in config.layers("E"):
+        experts = model.decoder.layers[layer].mlp.experts
+        for linear, name in (("linear_fc1", "up"), ("linear_fc2", "down")):
+            experts.add_module(linear, Grouped(getattr(experts, name)))
+            delattr(experts, name)
+    grouped = dict(convert.export_weights(model, config))
+    assert list(grouped) == list(stacked) and all(torch.equal(grouped[name], stacked[name]) for name in grouped)
+    convert.import_weights(model, config, ((name, tensor + 1.0) for name, tensor in stacked.items()))
+    table = dict(names.slots(model, config))
+    for name, tensor in stacked.items():
+        assert torch.equal(table[name].read(), tensor + 1.0), name
+
+
+def test_te_is_refused_in_one_line_where_it_is_not_installed(config: NemotronHConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        layer_spec("te", config)
+    assert str(caught.value) == (
+        "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; run in "
+        "the GPU container or set layer_spec: local"
+    )
