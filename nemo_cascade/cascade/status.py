@@ -167,7 +167,7 @@ def markdown(where: Path | Manifest) -> str:
 
 def _marked(row: Mapping[str, Any], domain: str) -> str:
     """A score in percent, an arrow where the gain's interval excludes 0, bold where the stage trains the domain."""
-    arrow = {"+": " ▲", "-": " ▼"}.get(_cell(row, domain)[-1], "")
+    arrow = {"+": " \u25b2", "-": " \u25bc"}.get(_cell(row, domain)[-1], "")
     text = f"{100 * row['scores'][domain]['score']:.0f}{arrow}"
     return f"**{text}**" if domain in row["domains"] and row["kind"] == "grpo" else text
 

@@ -265,35 +265,51 @@ def verify(folder: str | Path, progress: Progress | None = None) -> bool:
 
     UserError names the first damaged tensor and its file.
     """
+    folder, progress = Path(folder), progress or Silent()
     if read_checksums(folder) is None:
         return False
-    content_sha256(folder, check=True, progress=progress)
+    headers, recorded = read_header(folder), _recorded(folder)
+    progress.begin("checking", len(headers), sum(header.size for header in headers.values()))
+    for name, header in headers.items():
+        own = hashlib.sha256()
+        for piece in pieces(replace(header, stored_as=name)):
+            own.update(piece)
+        _compare(name, header, own.hexdigest(), recorded)
+        progress.advance(header.size)
     return True
+
+
+def _recorded(folder: Path) -> dict[str, Json]:
+    """Tensor name -> checksum of checksums.json, once the headers are known to be those that it records."""
+    if damaged := _damaged_header(folder):
+        raise UserError(damaged)
+    return (read_checksums(folder) or {})["tensors"]  # type: ignore[return-value]
+
+
+def _compare(name: str, header: TensorHeader, found: str, recorded: dict[str, Json]) -> None:
+    if found != recorded.get(name):
+        raise UserError(f"{header.file}: tensor {name} is not the one that {CHECKSUMS} records: {_REPAIR}")
 
 
 def content_sha256(folder: str | Path, check: bool = False, progress: Progress | None = None) -> str:
     """The hash that names a checkpoint: over sorted tensor names, dtypes, shapes and bytes.
 
     Not over files: the same tensors in one file or in ten give the same hash, whatever tokenizer lies beside them.
-    With `check`, the same pass compares each tensor with checksums.json.
+    With `check`, the same pass compares each tensor with checksums.json where there is one.
     """
     folder, progress = Path(folder), progress or Silent()
     headers = read_header(folder)
-    recorded = read_checksums(folder) if check else None
-    if recorded and (damaged := _damaged_header(folder)):
-        raise UserError(damaged)
-    tensors: dict[str, Json] = recorded["tensors"] if recorded else {}  # type: ignore[assignment]
+    recorded = _recorded(folder) if check and read_checksums(folder) else None
     progress.begin("checking", len(headers), sum(header.size for header in headers.values()))
     digest = hashlib.sha256()
     for name in sorted(headers):
-        header = headers[name]
+        header, own = headers[name], hashlib.sha256()
         digest.update(f"{name}\n{header.dtype}\n{list(header.shape)}\n".encode())
-        own = hashlib.sha256()
         for piece in pieces(replace(header, stored_as=name)):
             digest.update(piece)
-            if recorded:
+            if recorded is not None:
                 own.update(piece)
-        if recorded and own.hexdigest() != tensors.get(name):
-            raise UserError(f"{header.file}: tensor {name} is not the one that {CHECKSUMS} records: {_REPAIR}")
+        if recorded is not None:
+            _compare(name, header, own.hexdigest(), recorded)
         progress.advance(header.size)
     return digest.hexdigest()

@@ -73,7 +73,7 @@ def test_three_steps_on_the_rows_of_every_environment(data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_step_on_workplace_rows_with_all_their_tools(
+def test_three_steps_on_workplace_rows_with_all_their_tools(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """27 tools make prompts of more than 16,000 tokens; two of the five rows are over the limit set here."""
@@ -81,15 +81,19 @@ def test_a_step_on_workplace_rows_with_all_their_tools(
     files = {"tool_use": [str(data / "gym" / "workplace_assistant.example.jsonl")]}
     place, log = train(
         tmp_path,
-        "kind: grpo\ninit: base\nnum_steps: 1\nprompts_per_step: 1\ngroup_size: 2\nrecord_every: 1\n"
+        "kind: grpo\ninit: base\nnum_steps: 3\nprompts_per_step: 1\ngroup_size: 2\nrecord_every: 1\n"
         f"data:\n  domains: {{tool_use: 1}}\n  files: {files}\n"
         f"  options: {{tool_use: {{workplace_tables: {data / 'workplace'}}}}}\n"
         "sampling: {max_new_tokens: 16, max_prompt_tokens: 16360, max_total_tokens: 16384}\n"
         "micro_batch_tokens: 16384\noptimizer: {lr: 1.0e-4}\n",
         "model.max_position_embeddings=16384",
     )
-    (line,) = read_metrics(place)
-    assert (line["prompts_dropped/tool_use"], line["rollouts/tool_use"], line["invalid_share"]) == (2, 2, 0)
+    lines = read_metrics(place)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert {(line["rollouts/tool_use"], line["invalid_share"]) for line in lines} == {(2, 0)}
+    assert lines[-1]["prompts_dropped/tool_use"] == 2
     assert "were dropped: 2 of tool_use" in log
-    (group,) = read_groups(place, 0)
-    assert {rollout.outcome.reason for rollout in group.rollouts} <= {"truncated", "another state"}
+    groups = [group for step in range(3) for group in read_groups(place, step)]
+    assert len({group.task.id for group in groups}) == 3
+    reasons = {rollout.outcome.reason for group in groups for rollout in group.rollouts}
+    assert reasons <= {"truncated", "another state"}

@@ -79,7 +79,7 @@ def check(table: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
     assert tuple(table) == names
     assert {name: row for name, row in table.items() if not layouts.within(row)} == {}
     for row in table.values():
-        assert min(row["loss_difference"], row["weight_difference"]) > 0.0  # other sums round otherwise: it really ran
+        assert max(row.values()) > 0.0  # sums over ranks round otherwise: it really ran
 
 
 def test_the_row_of_a_layout_that_is_wrong_is_out_of_tolerance(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ One table: log-probability drift and routing flips of the shipped base on answer
 short SFT run (same data, same seed, same start) and the reward of a short GRPO run from one SFT checkpoint, each
 profile next to fp32. FP8 is the emulation of models/fp8_emulation.py, once with the two layers at each end in bf16 as
 the profiles say and once with every layer in FP8, because nano has only six. `--write` puts the table into
-docs/precision.md. Runs that are done in `--out` are not run again.
+docs/precision.md. Runs that are done in `--out` are not run again; 0 steps leave a run out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
@@ -186,43 +187,44 @@ def measure(given: argparse.Namespace) -> list[dict[str, object]]:
     found = drifts(given.per_domain, given.out / f"drift-{given.per_domain}.json")
     sft = (f"num_steps={given.sft_steps}", f"tokens_per_step={given.sft_tokens}")
     grpo = (f"num_steps={given.grpo_steps}", "gates=[]")
-    start = train(CASES[0], "nano/sft", BASE, sft, given.out).hf
+    start = BASE
+    if given.sft_steps:
+        start = f"hf:{train(CASES[0], 'nano/sft', BASE, sft, given.out).hf.resolve()}"
     lines: list[dict[str, object]] = []
     for case in CASES:
-        losses = curve(train(case, "nano/sft", BASE, sft, given.out), "loss")
-        rl = train(case, "nano/if_rl", f"hf:{start.resolve()}", grpo, given.out)
         drift = found.get(case.name)
-        lines.append({
-            "case": case.name,
-            "drift": asdict(drift) if drift is not None else None,
-            "sft_loss": losses,
-            "reward": curve(rl, "reward"),
-            "sampler_gap": statistics.fmean(curve(rl, "gap_abs")),
-        })  # fmt: skip
+        line: dict[str, object] = {"case": case.name, "drift": asdict(drift) if drift is not None else None}
+        if given.sft_steps:
+            line["sft_loss"] = curve(train(case, "nano/sft", BASE, sft, given.out), "loss")
+        if given.grpo_steps:
+            rl = train(case, "nano/if_rl", start, grpo, given.out)
+            line |= {"reward": curve(rl, "reward"), "sampler_gap": statistics.fmean(curve(rl, "gap_abs"))}
+        if len(line) > 2 or drift is not None:
+            lines.append(line)
     return lines
 
 
-def table(lines: Sequence[dict[str, object]]) -> str:
-    """The lines as Markdown."""
-    exact: list[float] = lines[0]["sft_loss"]  # type: ignore[assignment]
-    middle = len(exact) // 2 - 1
-    rows = [
-        f"| profile | drift mean | p99 | max | routing flips | SFT loss, step 1 | step {middle + 1} | last {TAIL} "
-        f"| max distance to fp32 | GRPO reward, first {TAIL} | last {TAIL} | sampler gap |",
-        "|---|" + "---|" * 11,
-    ]
+HEAD = (
+    "profile", "drift mean", "p99", "max", "routing flips", "SFT loss, step 1", "middle", f"last {TAIL}",
+    "max distance to fp32", f"GRPO reward, first {TAIL}", f"last {TAIL}", "sampler gap",
+)  # fmt: skip
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as Markdown; `-` where nothing was run."""
+    rows = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for line in lines:
-        drift, losses, rewards = line["drift"], line["sft_loss"], line["reward"]
-        first = "- | - | - | -"
-        if isinstance(drift, dict):
-            first = f"{drift['mean']:.4f} | {drift['p99']:.4f} | {drift['max']:.4f} | {drift['flips']:.2%}"
-        assert isinstance(losses, list) and isinstance(rewards, list)
-        apart = max(abs(a - b) for a, b in zip(losses, exact, strict=True))
-        rows.append(
-            f"| {line['case']} | {first} | {losses[0]:.4f} | {losses[middle]:.4f} | "
-            f"{statistics.fmean(losses[-TAIL:]):.4f} | {apart:.4f} | {statistics.fmean(rewards[:TAIL]):.3f} | "
-            f"{statistics.fmean(rewards[-TAIL:]):.3f} | {line['sampler_gap']:.4f} |"
-        )
+        cells = [line["case"], *["-"] * (len(HEAD) - 1)]
+        if drift := line["drift"]:
+            cells[1:5] = [*(f"{drift[key]:.4f}" for key in ("mean", "p99", "max")), f"{drift['flips']:.2%}"]
+        if losses := line.get("sft_loss"):
+            apart = max(abs(a - b) for a, b in zip(losses, lines[0]["sft_loss"], strict=True))
+            ends = (losses[0], losses[len(losses) // 2], statistics.fmean(losses[-TAIL:]), apart)
+            cells[5:9] = [f"{value:.4f}" for value in ends]
+        if rewards := line.get("reward"):
+            ends = (statistics.fmean(rewards[:TAIL]), statistics.fmean(rewards[-TAIL:]))
+            cells[9:] = [*(f"{value:.3f}" for value in ends), f"{line['sampler_gap']:.4f}"]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

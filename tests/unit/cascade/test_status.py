@@ -20,7 +20,7 @@ def test_markdown_has_the_start_and_every_stage_with_its_arrows(where):
     assert rule == "|---" * (1 + len(DOMAINS)) + "|"
     table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in rows}
     assert list(table)[:2] == ["start of `sft`", "`sft`"]
-    assert not [cell for cell in table["start of `sft`"] if "▲" in cell or "*" in cell]
+    assert not [cell for cell in table["start of `sft`"] if "\u25b2" in cell or "*" in cell]
     stages = {row["name"]: row for row in status(where)["stages"]}
     for name, row in stages.items():
         for column, cell in zip(columns, table[f"`{name}`"], strict=True):
@@ -31,6 +31,6 @@ def test_markdown_has_the_start_and_every_stage_with_its_arrows(where):
             assert cell.strip("*").split()[0] == f"{100 * row['scores'][domain]['score']:.0f}"
             assert cell.startswith("**") == (row["kind"] == "grpo" and domain in row["domains"])
             gain = row["gains"][domain]
-            assert ("▲" in cell, "▼" in cell) == (gain["ci_low"] > 0, gain["ci_high"] < 0)
-    assert "▲" in table["`if_rl`"][columns.index("instruction following")]
-    assert "▼" in table["`if_rl`"][columns.index("preference")]
+            assert ("\u25b2" in cell, "\u25bc" in cell) == (gain["ci_low"] > 0, gain["ci_high"] < 0)
+    assert "\u25b2" in table["`if_rl`"][columns.index("instruction following")]
+    assert "\u25bc" in table["`if_rl`"][columns.index("preference")]

@@ -203,8 +203,8 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
     program = (
-        "import sys; from nemo_cascade.models import convert, hf_copy\n"
-        "try: convert.save_folder(hf_copy.stored(sys.argv[1]), hf_copy.read_config(sys.argv[1]), sys.argv[2])\n"
+        "import sys; from nemo_cascade.models import hf_copy\n"
+        "try: hf_copy.copy_folder(sys.argv[1], sys.argv[2])\n"
         "except OSError as error: print(type(error).__name__, error)"
     )
     done = subprocess.run(

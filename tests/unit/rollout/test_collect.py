@@ -184,12 +184,12 @@ def test_rewards_that_see_the_group_get_it_whole_and_in_order() -> None:
 
 
 def test_a_verdict_after_the_deadline_is_invalid_and_the_step_goes_on() -> None:
-    play = collector([EchoDomain(delay_s=0.5)], lambda text, seed: "fox", {"max_invalid_share": 1.0})
+    play = collector([EchoDomain(delay_s=30.0)], lambda text, seed: "fox", {"max_invalid_share": 1.0})
     play.scorer.deadline_s = 0.05
     started = time.monotonic()
     rollout = play.collect(give([echo("fox")]), 1, 1, 0, 0).groups[0].rollouts[0]
     assert isinstance(rollout.outcome, Invalid) and "no verdict from domain echo after" in rollout.outcome.reason
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 15.0  # the thread is left behind
     play.close()
 
 
