@@ -79,6 +79,20 @@ def test_masters_take_steps_that_bf16_cannot_hold() -> None:
     assert torch.equal(master.to(torch.bfloat16), head) and not torch.equal(master, head.float())
 
 
+def test_the_distributed_optimizer_finds_the_master_of_each_parameter() -> None:
+    """Megatron counts them in another order than it lists them where fp32 and bf16 parameters share a group."""
+    hardware = HardwareConfig(precision="bf16", distributed_optimizer=True)
+    learner = MegatronLearner(DEEP, LearnerSettings(OptimizerConfig(lr=1e-3), 20, hardware=hardware), seed=3)
+    learner.update(rows(), cross_entropy("token"))
+    optimizer, seen = learner.trainer.optimizer, 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for parameter in part.model_param_group_index_map:
+            master = part._get_main_param_and_optimizer_states(parameter)["param"]
+            assert torch.equal(master.to(parameter.dtype), parameter.detach().flatten())
+            seen += 1
+    assert seen == len(list(learner.model.parameters()))
+
+
 @pytest.mark.parametrize("export", dtypes.EXPORTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_exports_are_those_of_the_table_and_say_what_they_round(
