@@ -130,7 +130,7 @@ def read(learner: MegatronLearner) -> dict[str, torch.Tensor]:
 
     Empty with the distributed optimizer, where no rank has them all.
     """
-    if learner.trainer.distributed:
+    if learner.settings.hardware.distributed_optimizer:
         return {}
     own = [(parameter, parameter.detach().clone()) for parameter in learner.model.parameters()]
     try:
