@@ -112,8 +112,9 @@ def routed(model: NemotronH, batch: Batch) -> list[bytes]:
     if model.hf_config.n_routed_experts > NO_CHOICE:
         raise UserError(f"routing_replay: expert numbers are bytes, the model has {model.hf_config.n_routed_experts}")
     routing = Routing()
+    row = row_of(model, batch, routing)
     with output_rows(model, batch.cu_seqlens[:1].long()):  # no logits are read
-        model.packed_logits(batch.tokens_T, batch.cu_seqlens, routing=routing)
+        model.run(row)
     sizes = torch.diff(batch.cu_seqlens).tolist()
     return [part.contiguous().cpu().numpy().tobytes() for part in routing.chosen().split(sizes)]
 

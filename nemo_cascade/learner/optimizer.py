@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from nemo_cascade.config.schema import OptimizerConfig
 from nemo_cascade.models.cpu import cuda_as_cpu
@@ -62,6 +63,9 @@ class Trainer:
                 ),
                 [ddp],
             )
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if isinstance(part, DistributedOptimizer):
+                _number_as_listed(part.model_param_group_index_map)
         return cls(cfg, model, ddp, optimizer)
 
     def zero_grad(self) -> None:
@@ -94,6 +98,21 @@ class Trainer:
             if not self.optimizer.step_with_ready_grads():
                 raise RuntimeError("Megatron's optimizer refused a step whose gradients were finite")
         update_expert_bias(self.model, self.cfg.expert_bias_rate)
+
+
+def _number_as_listed(places: dict[torch.nn.Parameter, tuple[int, int]]) -> None:
+    """Correct where megatron-core 0.16.1 looks for a parameter's moments: (group, place in the group) of each.
+
+    It counts the places in the order of its gradient buffers (distrib_optimizer.py:297), but the optimizer's group
+    lists the fp32 parameters before the masters of the bf16 ones (:434). With both in one group checkpoints would hold
+    the moments of one parameter under the name of another.
+    """
+    groups: dict[int, list[torch.nn.Parameter]] = {}
+    for parameter, (group, _) in places.items():
+        groups.setdefault(group, []).append(parameter)
+    for group, members in groups.items():
+        for place, parameter in enumerate(sorted(members, key=lambda member: member.dtype != torch.float32)):
+            places[parameter] = (group, place)
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemo_cascade.learner import parallel
+from nemo_cascade.learner import forward, parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -19,11 +19,12 @@ import torch  # isort: skip
 from nemo_cascade.algorithms.loss import cross_entropy, distillation
 from nemo_cascade.config.schema import DistillConfig, OptimizerConfig
 from nemo_cascade.models.hf_folder import content_sha256
+from nemo_cascade.types import Sequence, UserError
 from tools.bench.layouts import LAYOUTS, MODEL, ONE, Layout, sequences
 
 
 def flat(learner: MegatronLearner) -> torch.Tensor:
-    return torch.cat([tensor.flatten().clone() for _, tensor in learner.weights()])
+    return torch.cat([tensor.flatten().float() for _, tensor in learner.weights()])
 
 
 def exercise(folder: Path, layout: Layout) -> dict[str, object]:
@@ -60,7 +61,51 @@ def exercise(folder: Path, layout: Layout) -> dict[str, object]:
     again = MegatronLearner(MODEL, settings, init_folder=teacher)
     assert again.export(str(place / "again")) == content_sha256(teacher)
     compared = ("loss", "reverse_kl", "grad_norm", "entropy")
-    return {"taught": taught, "distilled": {key: distilled[key] for key in compared}}
+    return {
+        "taught": taught, "distilled": {key: distilled[key] for key in compared},
+        "pieces": in_pieces(again, everything), "experts": routing(again, everything), "half": in_bf16(folder, layout),
+    }  # fmt: skip
+
+
+def in_pieces(learner: MegatronLearner, rows: list[Sequence]) -> list[list[float]]:
+    """Log-probabilities where every row is long."""
+    piece, forward.PIECE = forward.PIECE, 16
+    try:
+        return learner.logprobs(rows)
+    finally:
+        forward.PIECE = piece
+
+
+def routing(learner: MegatronLearner, rows: list[Sequence]) -> list[str] | None:
+    """The recorded experts; None where recording and replay are both refused, on every rank."""
+    hardware = learner.settings.hardware
+    if hardware.pipeline_parallel == hardware.context_parallel == 1:
+        return [experts.hex() for experts in learner.routing(rows)]
+    fixed = [dataclasses.replace(row, routed_experts=bytes(4 * len(row.token_ids))) for row in rows]
+    for refused in (lambda: learner.routing(rows), lambda: learner.update(fixed, cross_entropy("token"))):
+        try:
+            refused()
+        except UserError as error:
+            assert "hardware.pipeline_parallel or hardware.context_parallel" in str(error)
+        else:
+            raise AssertionError(f"routing replay ran with {hardware}")
+    return None
+
+
+def in_bf16(folder: Path, layout: Layout) -> list[float]:
+    """Losses of training steps with fp32 masters, across a checkpoint in the middle."""
+    rank, replicas = parallel_coordinates()
+    hardware = dataclasses.replace(layout.hardware, precision="bf16")
+    settings = LearnerSettings(OptimizerConfig(lr=2e-3), 20, layout.micro_batch_tokens, hardware=hardware)
+    learner = MegatronLearner(MODEL, settings, init_folder=str(folder / "start"))
+    losses = [learner.update(sequences(0, rank, replicas), cross_entropy("token"))["loss"] for _ in range(2)]
+    place = str(folder / layout.name / "half")
+    learner.save(place, 2)
+    resumed = MegatronLearner(MODEL, settings, seed=99)
+    assert resumed.load(place) == 2
+    one, two = (of.update(sequences(0, rank, replicas), cross_entropy("token"))["loss"] for of in (learner, resumed))
+    assert one == two and torch.equal(flat(resumed), flat(learner))
+    return [*losses, one]
 
 
 def parallel_coordinates() -> tuple[int, int]:

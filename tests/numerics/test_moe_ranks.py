@@ -42,7 +42,7 @@ def test_two_ranks_are_one(model: NemotronH, config: NemotronHConfig, layout: Pa
     expected["difference"] = torch.tensor(replay.difference())
     torch.save(expected, tmp_path / "expected.pt")
     script = Path(__file__).with_name("moe_over_ranks.py")
-    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path)],
