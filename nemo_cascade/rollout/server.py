@@ -198,7 +198,11 @@ def serve(folder: Path, port: int, max_batch: int, thinking: bool) -> Iterator[s
     sampler = LocalSampler.from_folder(folder, max_batch)
     chat = ChatTokenizer(folder) if tokenizer.is_file() else None
     served = Server(sampler, chat, folder.resolve().name, thinking)
-    listening = LoopbackServer(port, served)
+    try:
+        listening = LoopbackServer(port, served)
+    except UserError:
+        served.decoding.close()  # its thread must not outlive the interpreter
+        raise
     threading.Thread(target=_stop_with_parent, args=(listening,), daemon=True).start()
     yield listening.url
     listening.serve_forever(poll_interval=0.2)
