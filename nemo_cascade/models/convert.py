@@ -20,7 +20,6 @@ from nemo_cascade.models.hf_copy import (
     KEEP,
     SAFETENSORS_NAMES,
     Extras,
-    as_policy,
     read_tensor,
     refuse_quantised,
     stored_dtype,
@@ -151,7 +150,7 @@ def save_folder(
 
     def fill(writer: ShardWriter) -> None:
         for name, tensor in named:
-            write_tensor(writer, name, as_policy(name, tensor, dtype_policy))
+            write_tensor(writer, name, tensor, stored_dtype(name, tensor.dtype, dtype_policy))
 
     tokenizer = Path(tokenizer_from) if tokenizer_from else None
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")

@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,10 +19,12 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import export_dtype, kind_of
 from nemo_cascade.models.hf_extras import write_extras
 from nemo_cascade.models.hf_folder import (
+    PIECE,
     Progress,
     Silent,
     TensorHeader,
     content_sha256,
+    pieces,
     read_checked_header,
     read_config,
     verify,
@@ -40,25 +42,22 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in STORED.items()}
 def read_tensor(header: TensorHeader) -> torch.Tensor:
     """One tensor of a safetensors file, read into memory of its own."""
     tensor = torch.empty(header.shape, dtype=STORED[header.dtype])
-    with header.file.open("rb") as stream:
-        stream.seek(header.begin)
-        view = bytes_of(tensor)
-        while view:
-            count = stream.readinto(view)
-            if not count:
-                raise UserError(f"{header.file}: cut short inside tensor {header.stored_as}; copy or export it again")
-            view = view[count:]
+    flat, done = tensor.reshape(-1), 0
+    for part in read_parts(header):
+        flat[done : done + part.numel()] = part
+        done += part.numel()
     return tensor
+
+
+def read_parts(header: TensorHeader) -> Iterator[torch.Tensor]:
+    """The elements of a tensor in order, a few million at a time, as vectors."""
+    for piece in pieces(header):
+        yield torch.frombuffer(bytearray(piece), dtype=STORED[header.dtype])
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-
-
-def as_policy(name: str, tensor: torch.Tensor, dtype_policy: str) -> torch.Tensor:
-    """The tensor in the dtype in which an export stores it; see `stored_dtype`."""
-    return tensor.to(stored_dtype(name, tensor.dtype, dtype_policy))
 
 
 def stored_dtype(name: str, dtype: torch.dtype, dtype_policy: str) -> torch.dtype:
@@ -113,7 +112,8 @@ def copy_folder(
     def fill(writer: ShardWriter) -> None:
         for name, header in headers.items():
             if writer.wants(name):
-                write_tensor(writer, name, as_policy(name, read_tensor(header), dtype_policy))
+                dtype = stored_dtype(name, STORED[header.dtype], dtype_policy)
+                write_parts(writer, name, header.shape, dtype, read_parts(header))
 
     aside = folder.with_name(f".{folder.name}.partial")
     extras = Extras(config, Path(tokenizer_from) if tokenizer_from else source, shard_bytes, _identity(source))
@@ -161,10 +161,18 @@ class Extras:
     identity: str = ""
 
 
-def write_tensor(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-    """Put one tensor, on whatever device, in its place on disk."""
-    tensor = tensor.detach().contiguous().cpu()
-    writer.write(Planned(name, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)), bytes_of(tensor))
+def write_tensor(writer: ShardWriter, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Put one tensor, on whatever device, in its place on disk; its dtype changes on the way, a piece at a time."""
+    parts = tensor.detach().reshape(-1).split(PIECE // 8)
+    write_parts(writer, name, tuple(tensor.shape), dtype, iter(parts))
+
+
+def write_parts(
+    writer: ShardWriter, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Iterator[torch.Tensor]
+) -> None:
+    """The same for a tensor that comes as vectors in the order of its elements."""
+    data = (bytes_of(part.to("cpu", dtype)) for part in parts)
+    writer.write(Planned(name, SAFETENSORS_NAMES[dtype], shape), data)
 
 
 class _Counting(ShardWriter):
@@ -172,7 +180,7 @@ class _Counting(ShardWriter):
 
     progress: Progress = Silent()
 
-    def write(self, tensor: Planned, data: memoryview) -> None:
+    def write(self, tensor: Planned, data: Iterable[memoryview]) -> None:
         """Write and count."""
         super().write(tensor, data)
         self.progress.advance(tensor.size)

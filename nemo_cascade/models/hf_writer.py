@@ -1,7 +1,7 @@
 """Write the safetensors shards of a Hugging Face folder one tensor at a time, without torch.
 
 All names, dtypes and shapes are known before the first byte, so each shard's table is written first and every tensor
-goes straight to its place: memory holds one tensor, never a shard. A finished shard leaves a record of its checksums;
+goes straight to its place, in pieces: memory never holds a shard. A finished shard leaves a record of its checksums;
 whoever comes after a kill finds it, checks the file against it and goes on behind it.
 """
 
@@ -159,28 +159,40 @@ class ShardWriter:
         """Whether the tensor must still be written."""
         return name in self.missing[self.shard_of[name].file]
 
-    def write(self, tensor: Planned, data: memoryview) -> None:
-        """Put the bytes of one tensor in their place. UserError where it is not the planned one."""
+    def write(self, tensor: Planned, data: Iterable[memoryview]) -> None:
+        """Put the bytes of one tensor, piece by piece, in their place. UserError where it is not the planned one."""
         shard = self.shard_of.get(tensor.name)
         if shard is None or tensor.name not in self.missing[shard.file]:
             raise UserError(f"{self.folder.parent}: tensor {tensor.name} is not of this model, or comes twice")
         planned, offset = shard.places[tensor.name]
-        if planned != tensor or data.nbytes != planned.size:
+        if planned != tensor:
             raise UserError(
                 f"{self.folder.parent}: tensor {tensor.name} is {tensor.dtype} of shape {list(tensor.shape)}, "
                 f"{planned.dtype} of shape {list(planned.shape)} is needed in {shard.file}"
             )
+        digest, place = hashlib.sha256(), len(shard.header) + offset
+        for piece in data:
+            self._put_piece(shard, tensor.name, piece, place)
+            digest.update(piece)
+            place += piece.nbytes
+        assert place == len(shard.header) + offset + planned.size, tensor.name
+        self.checksums[tensor.name] = digest.hexdigest()
+        self.missing[shard.file].discard(tensor.name)
+        if not self.missing[shard.file]:
+            self._put_piece(shard, tensor.name, None, 0)
+
+    def _put_piece(self, shard: Shard, name: str, piece: memoryview | None, place: int) -> None:
+        """Write a piece of a tensor (None: the shard is full, finish it); a refusal names the tensor and the file."""
         try:
+            if piece is None:
+                self._finish(shard)
+                return
             if shard.file not in self.streams:
                 self.streams[shard.file] = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
                 _put(self.streams[shard.file], memoryview(shard.header), 0)
-            _put(self.streams[shard.file], data, len(shard.header) + offset)
-            self.checksums[tensor.name] = hashlib.sha256(data).hexdigest()
-            self.missing[shard.file].discard(tensor.name)
-            if not self.missing[shard.file]:
-                self._finish(shard)
+            _put(self.streams[shard.file], piece, place)
         except OSError as error:
-            raise write_failed(error, self.folder.parent, f"tensor {tensor.name} into {shard.file}") from error
+            raise write_failed(error, self.folder.parent, f"tensor {name} into {shard.file}") from error
 
     def _finish(self, shard: Shard) -> None:
         stream = self.streams.pop(shard.file)

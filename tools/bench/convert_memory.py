@@ -131,7 +131,7 @@ def write(config: NemotronHConfig, shapes: dict[str, tuple[int, ...]], folder: P
     plan = [Planned(name, "BF16", shape) for name, shape in shapes.items()]
     writer = ShardWriter(folder, plan_shards(plan, shard_bytes))
     for name, tensor in random_tensors(shapes):
-        hf_copy.write_tensor(writer, name, tensor)
+        hf_copy.write_tensor(writer, name, tensor, tensor.dtype)
     writer.finish()
     writer.forget()
     write_extras(config, folder, "bfloat16", None)
