@@ -27,7 +27,7 @@ def test_peak_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     rows = json.loads(done.stdout)
     assert list(rows) == ["write", "copy", "unpack", "widen", "import", "export"]
     for phase, row in rows.items():
-        assert row["total"] > 120_000_000
+        assert row["total"] > 100_000_000
         assert row["largest_shard"] > 40_000_000
         # a converted tensor is held in both dtypes
         assert row["above"] < 2 * row["largest_tensor"] + SLACK, phase
