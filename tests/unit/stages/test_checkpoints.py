@@ -1,7 +1,6 @@
 """A stage's checkpoints on disk, written by the real writer in this thread and in another."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -98,13 +97,16 @@ def test_kill_9_while_a_checkpoint_is_written_in_the_background(tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     caught, resumed = 0, 0
     for _ in range(8):
-        with subprocess.Popen([sys.executable, "-W", "ignore", "-c", FOREVER, str(tmp_path)], env=environment) as run:
-            deadline = time.monotonic() + 120
+        run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FOREVER, str(tmp_path)], env=environment)
+        try:
+            deadline = time.monotonic() + 300
             done = f"step_{resumed + 2:06d}"
             while not ((tmp_path / done).is_dir() and list(tmp_path.glob(".step_*.partial/*.distcp"))):
                 assert run.poll() is None and time.monotonic() < deadline
                 time.sleep(0.001)
-            run.send_signal(signal.SIGKILL)
+        finally:
+            run.kill()
+            run.wait()
         caught += bool(list(tmp_path.glob(".step_*.partial")))
         learner = Counter(False, 4_000_000)
         before, resumed = resumed, checkpoints(tmp_path, 0).resume(learner)
