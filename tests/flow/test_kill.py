@@ -138,7 +138,7 @@ def victim(tmp_path: Path, uninterrupted: Cascade) -> Victim:
 @pytest.mark.parametrize("stage_too", [False, True])
 def test_killed_while_sampling(victim, uninterrupted, stage_too):
     delay = random.Random(f"{SEED}/{stage_too}").uniform(0.1, 0.6)
-    victim.kill_when(victim.lines(1), "the first step", delay, stage_too)
+    victim.kill_when(victim.written("checkpoints/step_000001/*"), "the first checkpoint", delay, stage_too)
     assert any("on from step" in line for line in victim.finish())
     assert victim.cascade.outcome("rl") == uninterrupted.outcome("rl")
 
