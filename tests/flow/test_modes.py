@@ -113,7 +113,7 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
 def test_raw_logprobs_are_the_same_on_both_sides_and_not_those_that_sampled(tmp_path: Path) -> None:
     cut = ("stages.*.sampling.temperature=0.6", "stages.*.sampling.top_p=0.8", "stages.raw.sampling.logprobs=raw")
     stages = dict.fromkeys(("kept", "raw"), "init: base\nnum_steps: 1\nrecord_every: 1\n")
-    folders = cascade(tmp_path, "raw", stages, *cut)
+    folders = cascade(tmp_path, "logprobs", stages, *cut)
     kept, raw = (read_metrics(folders[name].path)[0] for name in ("kept", "raw"))
     assert answers(read_groups(folders["kept"].path, 0)) == answers(read_groups(folders["raw"].path, 0))
     assert max(kept["gap_abs_max"], raw["gap_abs_max"]) < 1e-3
