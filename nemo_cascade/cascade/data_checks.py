@@ -21,13 +21,13 @@ def check_training_tables(stage: StageBase, origin: str) -> None:
 
 
 def check_evaluation_tables(loaded: Loaded) -> None:
-    """`evaluation.files` and `evaluation.options` speak of domains that are measured.
+    """`evaluation.files` and `evaluation.options` speak of domains that there are.
 
-    A stage that measures fewer domains than the cascade keeps the cascade's tables, so for these any domain counts
-    that some stage measures.
+    A run or a stage that measures fewer domains keeps the cascade's tables (`evaluation.domains=[math]` on the command
+    line), so any domain counts that some stage measures or that comes with the package.
     """
-    measured = {domain for stage in loaded.stages.values() for domain in _evaluation(stage).domains}
-    anywhere = [*loaded.cascade.evaluation.domains, *sorted(measured - set(loaded.cascade.evaluation.domains))]
+    measured = [domain for stage in loaded.stages.values() for domain in _evaluation(stage).domains]
+    anywhere = list(dict.fromkeys([*loaded.cascade.evaluation.domains, *measured, *domains.available()]))
     _check_evaluation(loaded.cascade.evaluation, anywhere, show(loaded.path))
     for name, stage in loaded.stages.items():
         _check_evaluation(_evaluation(stage), anywhere, show(loaded.files[name]))
