@@ -129,8 +129,12 @@ def test_layers_that_fp8_leaves_out_are_listed(cascade):
     assert "leaves no layer in FP8: mixer.in_proj: width 648 is" in wrong(cascade, *fp8, "model.hidden_size=72")
     loaded = load_cascade("nemotron_cascade_2", ["hardware.precision=hopper_fp8"])
     lines = list(checks.exemptions(loaded.hardware, make_plan(loaded).model))
-    assert len(lines) == 3
-    assert lines[0].startswith("hopper_fp8: mixer.in_proj stays bf16: width 5,152 after tensor_parallel 2 is no")
+    experts = [f"mlp.{kind}.linear_{side}" for kind in ("experts", "shared_experts") for side in ("fc1", "fc2")]
+    modules = [line.split(" stays bf16: ")[0] for line in lines]
+    assert modules == [f"hopper_fp8: {module}" for module in ("mixer.in_proj", *experts)]
+    assert "width 5,152 after tensor_parallel 2 is no multiple of 128" in lines[0]
+    assert "width 1,856 is no multiple of 128" in lines[1]  # experts are not cut over tensor-parallel ranks
+    assert "width 1,856 after tensor_parallel 2 is no multiple of 128" in lines[3]
     assert list(checks.exemptions(load_cascade("nemotron_cascade_2").hardware, make_plan(loaded).model)) == []
 
 
