@@ -105,10 +105,10 @@ def fp8_exempt(model: NemotronHConfig, tensor: int, precision: str) -> dict[str,
     if precision not in FP8_MULTIPLES:
         return {}
     multiple, why = FP8_MULTIPLES[precision]
-    reasons = {}
+    reasons, whole = {}, fp8_widths(model, 1)
     for module, size in fp8_widths(model, tensor).items():
         if odd := [width for width in size if width % multiple]:
-            cut = f" after tensor_parallel {tensor}" if tensor > 1 else ""
+            cut = "" if odd[0] in whole[module] else f" after tensor_parallel {tensor}"
             reasons[module] = f"width {odd[0]:,}{cut} is no multiple of {multiple}, and {why}"
     return reasons
 

@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     learner_worker.train(folders["one"], 4096, HardwareConfig())
     learner_worker.train(folders["micro"], 32, HardwareConfig())
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-2000:]
     return folders
 

@@ -131,9 +131,11 @@ def test_layers_that_fp8_leaves_out_are_listed(cascade):
     loaded = load_cascade("nemotron_cascade_2", ["hardware.precision=hopper_fp8"])
     lines = list(checks.exemptions(loaded.hardware, make_plan(loaded).model))
     experts = [f"mlp.{kind}.linear_{side}" for kind in ("experts", "shared_experts") for side in ("fc1", "fc2")]
-    modules = ("mixer.in_proj", *experts)
-    assert [line.split(" stays bf16: ")[0] for line in lines] == [f"hopper_fp8: {module}" for module in modules]
+    modules = [line.split(" stays bf16: ")[0] for line in lines]
+    assert modules == [f"hopper_fp8: {module}" for module in ("mixer.in_proj", *experts)]
     assert "width 5,152 after tensor_parallel 2 is no multiple of 128" in lines[0]
+    assert "width 1,856 is no multiple of 128" in lines[1]  # experts are not cut over tensor-parallel ranks
+    assert "width 1,856 after tensor_parallel 2 is no multiple of 128" in lines[3]
     assert list(checks.exemptions(load_cascade("nemotron_cascade_2").hardware, make_plan(loaded).model)) == []
     emulated = dataclasses.replace(loaded.hardware, precision="hopper_fp8_emulated", layer_spec="local")
     shown = list(checks.exemptions(emulated, make_plan(loaded).model))
