@@ -182,7 +182,7 @@ def test_the_example_of_report_works_after_what_it_asks_for(tmp_path, monkeypatc
 EXPECTED = {
     "chat": r"(\[thinks\] .+\n)?.+\n",
     "convert": r"[0-9a-f]{64}\n",
-    "eval": r"math +thinking +0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] over 16\nmcqa .* over 16\n",
+    "eval": r"math +thinking +[01]\.\d{3} \[[01]\.\d{3}, [01]\.\d{3}\] over 16\nmcqa .* over 16\n",
     "parity": r".+",
 }
 
