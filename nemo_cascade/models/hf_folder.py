@@ -25,7 +25,7 @@ WIDTHS = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes of one element, by safetensors' name of the dtype."""
-PIECE = 16 * 1024**2  # bytes read at a time
+PIECE = 4 * 1024**2  # bytes read at a time; a reader holds up to three pieces beside its tensor
 
 
 class Progress(Protocol):
