@@ -93,13 +93,14 @@ def loose_json(value: Json, key: str, row_id: str) -> Json:
 
 
 def input_messages(row: Mapping[str, Json], row_id: str) -> tuple[Message, ...]:
-    """The prompt: `responses_create_params.input`, else `prompt` as one user turn."""
+    """The prompt: `responses_create_params.input` (messages, or the text of one user turn), else `prompt`."""
     params = row.get("responses_create_params")
     if params is None and isinstance(row.get("prompt"), str):
         return (Message("user", field(row, "prompt", str, row_id)),)
-    items = field(
-        field(row, "responses_create_params", dict, row_id), "input", list, f"{row_id} responses_create_params"
-    )
+    given = field(row, "responses_create_params", dict, row_id)
+    if isinstance(given.get("input"), str) and given["input"]:
+        return (Message("user", given["input"]),)
+    items = field(given, "input", list, f"{row_id} responses_create_params")
     if not items:
         raise UserError(f"{row_id}: field 'responses_create_params.input' is empty")
     return tuple(_message(item, f"{row_id} input[{index}]") for index, item in enumerate(items))
