@@ -120,6 +120,11 @@ class InstructionFollowing(SingleTurn):
             instructions.require_supported([key for key, _ in checks])
         except instructions.Unsupported as error:
             raise UserError(f"{row_id}: field 'instruction_id_list': {error}") from error
+        try:
+            for key, arguments in checks:
+                instructions.check(key, arguments, "", "any answer shows whether the arguments are there")
+        except instructions.Unsupported as error:
+            raise UserError(f"{row_id}: field 'kwargs': {error}") from error
         mode = row.get("grading_mode") or "binary"
         if mode not in GRADING:
             raise UserError(f"{row_id}: field 'grading_mode' is {mode!r}; known: {', '.join(GRADING)}")

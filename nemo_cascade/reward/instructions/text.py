@@ -113,11 +113,13 @@ def strings(arguments: Arguments, name: str) -> list[str]:
 def integer(arguments: Arguments, name: str) -> int:
     """A required whole number; 3.0 and "3" count as 3, as released rows have them."""
     value = arguments.get(name)
-    if isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise Unsupported(f"argument {name!r} must be a whole number, got {value!r}")
-    return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise Unsupported(f"argument {name!r} must be a whole number, got {str(value)[:40]!r}")
 
 
 def compares(count: int, arguments: Arguments, bound: str, relation: str) -> bool:
