@@ -27,14 +27,30 @@ class _Turn:
         """The turn so far; None when no item belongs to it."""
         if not (self.texts or self.reasoning or self.calls):
             return None
-        return Message("assistant", "".join(self.texts), "\n".join(self.reasoning), tuple(self.calls))
+        thought, said = split_thinking("".join(self.texts))
+        reasoning = "\n".join([*self.reasoning, *([thought] if thought else [])])
+        return Message("assistant", said, reasoning, tuple(self.calls))
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a text whose server left the thinking in it.
+
+    The answer begins after the last `</think>`; a `<think>` that opens the text and never closes leaves no answer, so
+    that nothing in an unfinished thought is graded.
+    """
+    before, closed, after = text.rpartition("</think>")
+    if closed:
+        return before.replace("<think>", "", 1).strip(), after.lstrip("\n")
+    opened = text.lstrip()
+    return (opened.removeprefix("<think>").strip(), "") if opened.startswith("<think>") else ("", text)
 
 
 def transcript_of(response: Mapping[str, Json], where: str) -> Transcript:
     """The turns of a Responses object; UserError names the item that cannot be read.
 
     `truncated` is what the server said (`incomplete_details`, or status `incomplete`). Encrypted reasoning has no text
-    and leaves none. Text after text in one turn is joined as it stands.
+    and leaves none; thinking that the server left in the text is taken out of it. Text after text in one turn is joined
+    as it stands.
     """
     messages: list[Message] = []
     turn = _Turn()

@@ -94,3 +94,20 @@ def test_truncation_is_what_the_server_said(extra: dict[str, object], truncated:
 def test_mistakes_are_named(response: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         transcript_of(response, "r:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<think>\nIs it \\boxed{A}?</think>\n\n\\boxed{B}", "Is it \\boxed{A}?", "\\boxed{B}"),
+        ("Is it A?</think>B", "Is it A?", "B"),
+        ("<think>a</think>b<think>c</think>d", "a</think>b<think>c", "d"),
+        (" <think>It is \\boxed{A}", "It is \\boxed{A}", ""),
+        ("no thought", "", "no thought"),
+        ("say <think> aloud", "", "say <think> aloud"),
+    ],
+)
+def test_thinking_left_in_the_text_is_no_answer(text, reasoning, content):
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+    final = transcript_of({"output": [item]}, "x").final
+    assert (final.reasoning, final.content) == (reasoning, content)
