@@ -82,6 +82,7 @@ TOML = 'name = "Zo\u00eb"\nage = 64\nheight = 1.5\nmember = true\ntags = ["a", "
         ("csv", TABLE, "I cannot do that.", 0.0),  # any line is a header; a table needs a row
         ("csv", TABLE, "", 0.0),
         ("json", PERSON, YAML, 0.0),
+        ("json", PERSON, '{"name": "\\ud800"}', 0.0),
     ],
 )  # fmt: skip
 def test_grades(kind: str, schema: Json, text: str, reward: float) -> None:
