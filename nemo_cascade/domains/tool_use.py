@@ -15,8 +15,10 @@ from nemo_cascade.data.nano_words import DAYS, NAMES
 from nemo_cascade.data.rows import field, input_messages, input_tools, loose_json
 from nemo_cascade.data.splits import draw
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
+from nemo_cascade.reward import workplace_office
+from nemo_cascade.reward.workplace import TOOLS as WORKPLACE_TOOLS
 from nemo_cascade.reward.workplace import Workplace
-from nemo_cascade.reward.workplace_tables import tables_folder
+from nemo_cascade.reward.workplace_tables import Tables, tables_folder
 from nemo_cascade.types import (
     Case,
     Invalid,
@@ -126,20 +128,34 @@ class ToolUse(SingleTurn):
 
     name = "tool_use"
     max_turns = 4
-    DEFAULTS: ClassVar[Mapping[str, Json]] = {"workplace_tables": "", "max_turns": 4}
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {
+        "workplace_tables": "",  # folder of the CSV tables, or small-office
+        "max_turns": 4,
+        "task": "diary",  # of generated tasks; workplace: all 27 tools on the small office
+    }
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
         self.max_turns = int(self.options["max_turns"])
+        if self.options["task"] not in ("diary", "workplace"):
+            raise UserError(f"data.options.tool_use.task: {self.options['task']!r}; choose diary or workplace")
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
-        """Book, move or cancel somebody's call."""
+        """Book, move or cancel somebody's call; or a request on the small office."""
+        if self.options["task"] == "workplace":
+            office = Tables(workplace_office.FOLDER)
+            return draw(lambda rng: _office_task(rng, office), content_of, split, count, seed)
         return draw(_make_task, content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
         """Look up when needed, act, say "Done."; a flawed one guesses, slips, repeats itself or only chats."""
         rng = random.Random(f"{task.id}/{seed}")
         calls = _reference_calls(task)
+        if "lookups" in task.truth:
+            if rng.random() < flaw_rate:
+                return self._play(task, calls[1:], "Done.")
+            looked = [ToolCall(entry["name"], entry["arguments"]) for entry in task.truth["lookups"]]
+            return self._play(task, [*looked, *calls], "Done.")
         if len(calls) == 1 and "id" in calls[0].arguments:
             calls = [ToolCall("find", {"name": str(task.truth["who"])}), *calls]
         closing = "Done."
@@ -178,6 +194,8 @@ class ToolUse(SingleTurn):
     def _backend(self, task: Task) -> Backend:
         if "diary" in task.truth:
             return Diary(task.truth["diary"])
+        if "lookups" in task.truth:
+            return Workplace(workplace_office.FOLDER)
         return Workplace(tables_folder(str(self.options["workplace_tables"])))
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
@@ -207,6 +225,19 @@ class ToolUse(SingleTurn):
 
 def _reference_calls(task: Task) -> list[ToolCall]:
     return [ToolCall(entry["name"], entry["arguments"]) for entry in task.truth["ground_truth"]]
+
+
+def _office_task(rng: random.Random, office: Tables) -> Task:
+    """A request on the office that ships with the package, with all 27 tools."""
+    request = workplace_office.make_request(rng, office)
+
+    def plain(calls: tuple[ToolCall, ...]) -> list[Json]:
+        return [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+
+    truth: dict[str, Json] = {"ground_truth": plain(request.calls), "lookups": plain(request.lookups)}
+    prompt = (Message("system", workplace_office.SYSTEM), Message("user", request.text))
+    tools = tuple(workplace_office.tool(name, function) for name, function in WORKPLACE_TOOLS.items())
+    return make_task(ToolUse.name, prompt, truth, tools)
 
 
 def _make_task(rng: random.Random) -> Task:

@@ -23,6 +23,7 @@ FILES = {
     "task": ("project_tasks.csv", "task_id"),
     "customer": ("customer_relationship_manager_data.csv", "customer_id"),
 }
+SMALL_OFFICE = "small-office"
 DIRECTORY = "email_addresses.csv"
 CHANGEABLE = ("email", "event", "task", "customer")
 CASE_MATTERS = ("status", "list_name", "board")
@@ -31,12 +32,16 @@ Row = dict[str, str | None]
 
 
 def tables_folder(option: str = "") -> Path:
-    """The folder of the CSV tables: the option, else the environment; UserError says what is missing."""
+    """The folder of the CSV tables: the option, else the environment, `small-office` for the one that ships; UserError
+    says what is missing.
+    """
     place = option or os.environ.get(FOLDER_VARIABLE, "")
+    if place == SMALL_OFFICE:
+        return Path(__file__).with_name("office_tables")
     if not place:
         raise UserError(
             "tool_use: this row needs the workplace tables; set data.options.tool_use.workplace_tables "
-            f"or {FOLDER_VARIABLE} to their folder"
+            f"or {FOLDER_VARIABLE} to their folder ({SMALL_OFFICE}: the generated ones that ship with the package)"
         )
     folder = Path(place)
     missing = [name for name in (*(file for file, _ in FILES.values()), DIRECTORY) if not (folder / name).is_file()]
