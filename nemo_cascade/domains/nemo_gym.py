@@ -226,7 +226,8 @@ class NemoGym(SingleTurn):
         self._place(row, row_id)
         messages, tools = rows.input_messages(row, row_id), rows.input_tools(row, row_id)
         rows.field(row, "responses_create_params", dict, row_id)
-        return make_task(self.name, messages, {"row": dict(row)}, tools)
+        ours = task_of(row, self.name, row_id)  # rows that we wrote say in which mode they are meant
+        return make_task(self.name, messages, {"row": dict(row)}, tools, ours is None or ours.thinking)
 
     def begin(self, task: Task) -> GymEpisode:
         """A session of its own on the server, if the row has tools."""

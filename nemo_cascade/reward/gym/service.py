@@ -147,6 +147,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(Reply(413, {"detail": f"a body of {length} bytes; {MAX_BODY_BYTES} are allowed"}))
             return
         content = self.rfile.read(int(length))
+        if self.server.stopped:  # a connection that was kept alive
+            self.close_connection = True
+            return
         try:
             reply = self._answer(content)
         except UserError as error:
@@ -203,6 +206,7 @@ class GymHttpServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, service: GymService) -> None:
         self.service = service
+        self.stopped = False
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
@@ -227,7 +231,8 @@ class GymHttpServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), name="gym-service", daemon=True).start()
 
     def stop(self) -> None:
-        """End the thread, the socket and all sessions."""
+        """End the thread, the socket and all sessions; connections that are open are hung up at their next request."""
+        self.stopped = True
         self.shutdown()
         self.server_close()
         self.service.close()
