@@ -93,34 +93,30 @@ def response_of(transcript: Transcript, model: str = "policy") -> dict[str, Json
 
 
 def _items(messages: Sequence[Message]) -> Iterator[tuple[Message, dict[str, Json]]]:
-    """(message, Responses item) in order; the tool turns after a turn with calls answer these calls in their order."""
+    """(message, Responses item) in order; the tool turns after a turn with calls answer these calls in their order.
+
+    Each item has the id and status that NeMo-Gym's types ask for.
+    """
     calls, pending = 0, []
     for number, message in enumerate(messages):
         if message.role == "tool":
             call_id = pending.pop(0) if pending else f"call_{calls}"
-            yield message, {"type": "function_call_output", "call_id": call_id, "output": message.content}
+            yield message, _item("function_call_output", f"fco_{number}", call_id=call_id, output=message.content)
             continue
         if message.role == "assistant" and message.reasoning:
             summary: list[Json] = [{"type": "summary_text", "text": message.reasoning}]
-            yield message, {"type": "reasoning", "id": f"rs_{number}", "summary": summary}
+            yield message, _item("reasoning", f"rs_{number}", summary=summary)
         if message.role != "assistant" or message.content or not (message.tool_calls or message.reasoning):
-            text: dict[str, Json] = {"type": "output_text", "text": message.content, "annotations": []}
-            yield (
-                message,
-                {
-                    "type": "message",
-                    "id": f"msg_{number}",
-                    "role": message.role,
-                    "status": "completed",
-                    "content": [text],
-                },
-            )
+            content: list[Json] = [{"type": "output_text", "text": message.content, "annotations": []}]
+            yield message, _item("message", f"msg_{number}", role=message.role, content=content)
         pending = []
         for call in message.tool_calls:
             pending.append(f"call_{calls}")
             calls += 1
             arguments = json.dumps(dict(call.arguments))
-            yield (
-                message,
-                {"type": "function_call", "call_id": pending[-1], "name": call.name, "arguments": arguments},
-            )
+            named: dict[str, Json] = {"call_id": pending[-1], "name": call.name, "arguments": arguments}
+            yield message, _item("function_call", f"fc_{calls}", **named)
+
+
+def _item(kind: str, item_id: str, **fields: Json) -> dict[str, Json]:
+    return {"type": kind, "id": item_id, "status": "completed", **fields}
