@@ -109,7 +109,7 @@ NANO = ROOT / "conf" / "cascade" / "nano.yaml"
         (
             "stages.long_context_rl.data.options={long_context: {phrse: has}}",
             "conf/stage/nano/long_context_rl.yaml: key 'data.options.long_context.phrse': no such option, "
-            "did you mean 'phrase'?; known: keys, filler, phrase, grading",
+            "did you mean 'phrase'?; known: keys, filler, phrase, grading, task, words",
         ),
         (
             "evaluation.options={long_context: {phrase: hsa}}",
