@@ -16,9 +16,8 @@ import torch  # isort: skip
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
 from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
 from nemo_cascade.models.moe import routers
-from nemo_cascade.models.routing import NO_CHOICE
 from nemo_cascade.stages.sequences import with_routing
-from nemo_cascade.types import Sequence, UserError
+from nemo_cascade.types import NO_CHOICE, Sequence, UserError
 from tests.numerics.learner_worker import TINY, share
 
 
@@ -129,5 +128,5 @@ def test_modes_and_mistakes():
         learner.update(wide, cross_entropy("token"))
     with pytest.raises(ValueError, match="routed_experts: 0 bytes for"):
         learner.update([own[0], rows[1]], cross_entropy("token"))
-    with pytest.raises(UserError, match="loss.routing_replay: 'r3' is not one of none, learner"):
+    with pytest.raises(UserError, match="loss.routing_replay: 'r3' is not one of none, learner, sampler"):
         LossConfig(routing_replay="r3")
