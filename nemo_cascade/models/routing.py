@@ -122,15 +122,14 @@ class MoETransformerLayer(TransformerLayer):
     def __init__(self, *args: Any, moe_layers: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.moe_index = moe_layers.index(self.layer_number)
-        granularity, selected = self.config.recompute_granularity, self.config.recompute_modules or ()
-        self.recomputes = granularity == "full" or (granularity == "selective" and "moe" in selected)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLayer; UserError where the router would run again after the call, without the Routing."""
         routing = getattr(kwargs.get("packed_seq_params"), "routing", None)
         if routing is None:
             return super().forward(*args, **kwargs)
-        if self.recomputes:
+        granularity, selected = self.config.recompute_granularity, self.config.recompute_modules or ()
+        if granularity == "full" or (granularity == "selective" and "moe" in selected):
             raise UserError(
                 "routing_replay: does not work with activation recomputation of the experts (recompute_granularity), "
                 "whose second pass would choose others; set it to none"
