@@ -125,7 +125,7 @@ def test_raw_logprobs_are_the_same_on_both_sides_and_not_those_that_sampled(tmp_
 
 
 def test_the_samplers_experts_travel_to_the_update_and_onto_the_disk(runs: Runs) -> None:
-    """In fp32 the Learner chooses the same, so replay changes next to nothing; an altered record changes the weights."""
+    """In fp32 the Learner chooses the same, so that replay changes next to nothing."""
     two_steps = "init: base\nnum_steps: 2\nrecord_every: 1\n"
     stages = {name: f"{two_steps}loss: {{routing_replay: {name}}}\n" for name in ("sampler", "learner")}
     pin = f'teachers: {{pin: {{"{DOMAIN}:Vowels": sampler}}}}\n'

@@ -6,32 +6,20 @@ Two-rank layouts run in two processes of their own.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import MegatronLearner
 
 import torch  # isort: skip
 
 from tests.numerics import checkpoint_worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ranks")]
 CUT = ("data", "tensor", "expert", "stages", "zero")
 ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def in_two_ranks(folder: Path, *steps: str) -> None:

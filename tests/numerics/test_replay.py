@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import forward, parallel
+from nemo_cascade.learner import forward
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -23,17 +22,8 @@ from nemo_cascade.stages.sequences import with_routing
 from nemo_cascade.types import NO_CHOICE, Request, SamplingParams, Sequence, UserError
 from tests.numerics.learner_worker import TINY, share
 
+pytestmark = pytest.mark.usefixtures("ranks")
 NANO = NemotronHConfig.preset("nano")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def build(seed: int = 1, micro_batch_tokens: int = 64) -> MegatronLearner:

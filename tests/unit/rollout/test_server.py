@@ -140,7 +140,7 @@ def test_our_judge_client_gets_an_answer(url: str) -> None:
         ("/v1/completions", {"prompt": [[1], [2]], "seed": [1]}, "seed: .* a list of 2, one per prompt"),
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, "temperature: 'hot' is not a number"),
         ("/v1/completions", {"prompt": [[900]]}, "token ids must lie in 0..511"),
-        ("/v1/chat/completions", {"messages": [], "return_routed_experts": True}, "only /v1/completions reports experts"),
+        ("/v1/chat/completions", {"messages": [], "return_routed_experts": True}, "only /v1/completions reports"),
         ("/v1/chat/completions", {"messages": [{"role": "robot"}]}, r"messages\[0\].role: one of system, user"),
         ("/weights", {"folder": 3}, "weights: `folder`"),
     ],
