@@ -82,7 +82,7 @@ class Parts:
 
 
 def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
-    """The stack of a NemotronH from these parts; norms are modules of their own, and all names agree but the experts'."""
+    """The stack of a NemotronH from these parts. Norms are modules of their own, and only experts differ in names."""
     mixer = ModuleSpec(
         module=parts.mixer,
         params={"shape": _mixer_shape(config)},
