@@ -57,6 +57,9 @@ class OptimizerConfig:
             )
 
 
+ROUTING_REPLAY = ("none", "learner", "sampler")
+"""Choices of `loss.routing_replay` and `distill.routing_replay`."""
+
 LOGPROBS = ("kept", "raw")
 """Choices of `sampling.logprobs`."""
 
@@ -128,7 +131,9 @@ class LossConfig:
     importance_low: float = 0.5
     importance_high: float = 2.0
     max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens
-    routing_replay: str = "none"  # none | learner: the update uses the experts of a pass just before it
+    # Experts that the update uses: none: its own | learner: those of a pass of the Learner just before it
+    # | sampler: those by which each token was sampled, which travel and are recorded with the rollout
+    routing_replay: str = "none"
 
     def __post_init__(self) -> None:
         choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
@@ -137,7 +142,7 @@ class LossConfig:
         at_least("loss.kl", self.kl, 0.0)
         interval("loss.importance_low", self.importance_low, "loss.importance_high", self.importance_high)
         share("loss.max_masked_share", self.max_masked_share)
-        choose("loss.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("loss.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
@@ -156,7 +161,7 @@ class DistillConfig:
         interval("distill.importance_low", self.importance_low, "distill.importance_high", self.importance_high)
         above("distill.clip_advantage", self.clip_advantage, 0.0)
         share("distill.max_masked_share", self.max_masked_share)
-        choose("distill.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("distill.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
@@ -223,6 +228,11 @@ class RolloutStage(StageBase):
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses; each kind of stage has the key beside its loss."""
+        return "none"
+
 
 @dataclass
 class GrpoConfig(RolloutStage):
@@ -234,6 +244,11 @@ class GrpoConfig(RolloutStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("group_size", self.group_size, 2)
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.loss.routing_replay
 
 
 @dataclass
@@ -258,6 +273,11 @@ class MopdConfig(RolloutStage):
                 "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them; set "
                 "top_p to 1 and top_k to 0, choose kind sampled, or sampling.logprobs: raw"
             )
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.distill.routing_replay
 
 
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}

@@ -11,8 +11,8 @@ import torch
 
 from nemo_cascade.algorithms.kept import Distribution, logprobs_and_entropy
 from nemo_cascade.models.nemotron_h import NemotronH, Row
-from nemo_cascade.models.routing import NO_CHOICE, Routing
-from nemo_cascade.types import Batch, Sequence, UserError
+from nemo_cascade.models.routing import Routing
+from nemo_cascade.types import NO_CHOICE, Batch, Sequence, UserError
 
 # What a rank runs when another one has more micro-batches and experts are spread over both: nothing of it is trained,
 # and its group -1 keeps it out of the routers' counts.
@@ -102,6 +102,12 @@ def replayed(model: NemotronH, batch: Batch) -> Routing | None:
         raise UserError(
             f"routing_replay: {given_TC.shape[1]} experts a token were recorded, the model uses {layers} layers of "
             f"top-{chosen}; the rollouts are of another model"
+        )
+    highest = int(given_TC.masked_fill(given_TC == NO_CHOICE, 0).max())
+    if highest >= config.n_routed_experts:
+        raise UserError(
+            f"routing_replay: expert {highest} was recorded, the model has {config.n_routed_experts}; the rollouts are "
+            "of another model"
         )
     return Routing(given_TC.view(-1, layers, chosen))
 

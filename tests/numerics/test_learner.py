@@ -7,12 +7,10 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -24,18 +22,9 @@ from nemo_cascade.types import Sequence, UserError
 from tests.numerics import learner_worker
 from tests.numerics.learner_worker import TINY
 
+pytestmark = pytest.mark.usefixtures("ranks")
 LAYOUTS = ("two:4096:data", "experts:64:expert_parallel", "tensor:4096:tensor_parallel")  # two ranks each
 WORKER = Path(__file__).with_name("learner_worker.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def build(seed: int = 1, **settings: object) -> MegatronLearner:
