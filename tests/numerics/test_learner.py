@@ -104,12 +104,20 @@ def test_ranks_and_micro_batches_change_nothing(runs: dict[str, Path], other: st
 
 def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[str, Path]):
     first, second = (json.loads((runs["two"] / f"results-{rank}.json").read_text()) for rank in (0, 1))
-    for algorithm in first:
+    for algorithm in ("sft", "grpo", "grpo_groups", "bias"):
         assert torch.equal(torch.load(runs["two"] / f"{algorithm}-0.pt"), torch.load(runs["two"] / f"{algorithm}-1.pt"))
         for mine, other in zip(first[algorithm]["steps"], second[algorithm]["steps"], strict=True):
             assert [mine[key] for key in ("loss", "grad_norm", "tokens")] == [
                 other[key] for key in ("loss", "grad_norm", "tokens")
             ]
+
+
+@pytest.mark.parametrize("other", ["two", "experts", "tensor"])
+def test_every_rank_skips_the_step_that_is_no_number_on_one_of_them(runs: dict[str, Path], other: str):
+    expected = json.loads((runs["one"] / "results-0.json").read_text())["broken"]
+    assert (expected["skipped"], expected["non_finite"]) == (1.0, 1.0)
+    for rank in (0, 1):
+        assert json.loads((runs[other] / f"results-{rank}.json").read_text())["broken"] == expected
 
 
 @pytest.mark.parametrize("other", ["one", "two", "experts", "tensor"])
