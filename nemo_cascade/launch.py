@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -312,7 +312,12 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
             )
         if isinstance(config, MopdConfig):
             teachers = {domains[name].name: folder for name, folder in run.teacher_folders.items()}
-            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, teachers)
+            names = {domains[name].name: stage for name, stage in run.teacher_stages.items()}
+            weights = {domains[name].name: weight for name, weight in config.distill.domain_weights.items()}
+            config.distill = replace(config.distill, domain_weights=weights)  # by their own names, as everywhere below
+            for teacher in teachers.values():
+                chat.refuse_other_tokens(teacher)
+            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, teachers, names)
         else:
             reference = run.init_folder if config.loss.kl > 0.0 else None
             grpo.train(config, tasks, source, learner, sampler, refit, record, checkpoints, reference)

@@ -143,6 +143,7 @@ class Objective:
     denominators: Callable[[Sequence[TokenSequence]], dict[str, float]]
     needs_logits: bool = False
     needs_teacher_vocabulary: bool = False  # fill Batch.teacher_logprobs_TV from the folder in Sequence.teacher
+    top_k: int = 0  # above 0: instead of the whole vocabulary, the student's top k at each position (Batch, `_TK`)
     check: Callable[[Mapping[str, float]], None] | None = None
 
 

@@ -237,6 +237,7 @@ class Sequence:
     reference_logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
     group: int = 0  # index of the prompt inside the step, for group-wise denominators
+    domain: int = 0  # MOPD: index of the domain in the names that the objective was given
     teacher: str = ""  # MOPD: the stage that scores this sequence
     # uint8 [tokens, MoE layers, top-k]: what the update must use, NO_CHOICE where it may choose; empty: it may anywhere
     routed_experts: bytes = b""
@@ -262,6 +263,9 @@ class Batch:
     reference_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_TV: torch.Tensor | None = None  # only for the exact reverse KL: the whole vocabulary
+    top_tokens_TK: torch.Tensor | None = None  # int64, only for the top-k reverse KL: the student's likeliest tokens
+    teacher_logprobs_TK: torch.Tensor | None = None  # and what the teacher says about these
+    domain_S: torch.Tensor | None = None  # int64: `Sequence.domain` of each sequence
     routed_experts_TC: torch.Tensor | None = None  # uint8 [T, MoE layers * top-k], of the position itself
 
 

@@ -26,10 +26,11 @@ COMMON = (
 
 
 def cascade(folder: Path, name: str, stages: dict[str, str], *overrides: str) -> dict[str, StageFolder]:
-    """Run the stages, each given by the keys it has beside the common ones; returns their folders."""
+    """Run the stages, each given by the keys it has beside the common ones, or whole; returns their folders."""
     for stage, keys in stages.items():
         kind = "mopd" if "distill:" in keys else "grpo"
-        (folder / f"{stage}.yaml").write_text(f"kind: {kind}\n{COMMON}{keys}")
+        whole = keys.startswith("kind: ")
+        (folder / f"{stage}.yaml").write_text(keys if whole else f"kind: {kind}\n{COMMON}{keys}")
     (folder / f"{name}.yaml").write_text(
         f"name: {name}\nmodel: nano\nbase: random\nhardware: cpu1\nseed: 5\noutput: {folder / 'runs'}\n"
         f"stages: [{', '.join(stages)}]\nevaluation: {{select: 0, report: 0}}\n"
@@ -111,6 +112,38 @@ def test_training_on_recorded_rollouts_gives_the_weights_of_the_run_that_sampled
         for name in ("loss", "grad_norm", "reward"):
             assert ours[name] == theirs[name], name
         assert ours["seconds/sampling"] == 0.0
+
+
+def test_rollouts_of_an_older_policy_are_clipped_by_their_recorded_log_probabilities(runs: Runs) -> None:
+    init = f"init: hf:{runs.on_policy.hf}\nnum_steps: 1\nmode: train_only\nrollouts: {runs.on_policy.path}\n"
+    stages = {"free": init, "clipped": init + "loss: {clip_low: 1.0e-4, clip_high: 1.0e-4}\n"}
+    folders = cascade(runs.root, "older", stages)
+    free, clipped = (read_metrics(folders[name].path)[0] for name in stages)
+    for name in ("ratio", "gap_abs", "gap_abs_max"):
+        assert clipped[name] == free[name], name
+    assert free["gap_abs"] > 1e-3  # two steps lie between the policy that sampled and the one that is trained
+    assert "clipped_share" not in free
+    assert clipped["clipped_share"] > 0.5  # the step that sampled them has moved them towards their advantages already
+    assert clipped["grad_norm"] < 0.5 * free["grad_norm"]
+
+
+@pytest.mark.parametrize("kind", ["sampled, advantage: power", "topk, top_k: 8"])
+def test_distillation_by_domain_weights_and_named_metrics(tmp_path: Path, kind: str) -> None:
+    """The domain is one of the user's own, so that its name in the file is not its own name."""
+    name = f"{DOMAIN}:Vowels"
+    distill = (
+        "kind: mopd\n" + COMMON.replace("group_size: 4", "group_size: 2")
+        + f'init: base\nnum_steps: 1\nteachers: {{candidates: [taught], pin: {{"{name}": taught}}}}\n'
+        + f'distill: {{kind: {kind}, domain_weights: {{"{name}": 2.0}}}}\n'
+    )
+    folders = cascade(tmp_path, "distilled", {"taught": "init: base\nnum_steps: 3\n", "student": distill})
+    line = read_metrics(folders["student"].path)[0]
+    own = sorted(key for key in line if key.startswith("reverse_kl/"))
+    assert own == ["reverse_kl/teacher_taught", "reverse_kl/vowels"]
+    assert line["reverse_kl/vowels"] == pytest.approx(line["reverse_kl"], rel=1e-5)
+    assert line["reverse_kl/teacher_taught"] == line["reverse_kl/vowels"]
+    assert line["masked_share/vowels"] == line["masked_share"] == 0.0
+    assert abs(line["reverse_kl"]) > 1e-5 and line["grad_norm"] > 0.0
 
 
 def test_raw_logprobs_are_the_same_on_both_sides_and_not_those_that_sampled(tmp_path: Path) -> None:
