@@ -21,7 +21,7 @@ from nemo_cascade.data.packing import first_fit_decreasing
 CHARACTERS_PER_TOKEN = 4.0
 LOG_MEAN, LOG_DEVIATION, LONGEST = 6.60, 1.20, 6892  # of the 40 released rollouts
 SEQUENCES = 512  # of a step on one rank: 128 prompts x 16 over 4 ranks
-CAPACITIES = (8192, 16384, 32768)  # conf/stage sets 1 to 1.3 times the longest sequence; these are 1.2, 2.4 and 4.8 times
+CAPACITIES = (8192, 16384, 32768)  # 1.2, 2.4 and 4.8 times the longest sequence
 STEPS = 20
 
 
