@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import forward
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -162,16 +161,6 @@ def test_tokens_without_a_record_are_free():
     ]
     metrics = learner.update(half, cross_entropy("token"))
     assert metrics["routing_flips"] == 0.0 and metrics["skipped"] == 0.0
-
-
-def test_long_rows_pass_the_output_layer_in_pieces(monkeypatch: pytest.MonkeyPatch):
-    rows, learner = share(0, 0, 1), build(micro_batch_tokens=4096)
-    whole, calls = learner.logprobs(rows), []
-    learner.model.output_layer.register_forward_hook(lambda _, args, out: calls.append(out[0].shape[0]))
-    monkeypatch.setattr(forward, "PIECE", 50)
-    for found, expected in zip(learner.logprobs(rows), whole, strict=True):
-        assert found == pytest.approx(expected, abs=1e-6)
-    assert len(calls) > 3 and max(calls) == 50 and sum(calls[1:]) == sum(len(row.token_ids) for row in rows)
 
 
 def test_recomputed_experts_are_refused(monkeypatch: pytest.MonkeyPatch):
