@@ -103,9 +103,13 @@ class Setting:
     select: int = 96
     report: int = 256
 
-    def of(self, full: int, least: int = 2) -> int:
-        """A full size, shortened."""
-        return max(least, round(full * self.scale))
+    def steps(self, full: int) -> int:
+        """A number of steps, shortened."""
+        return max(2, round(full * self.scale))
+
+    def tasks(self, full: int) -> int:
+        """A number of tasks, shortened less: a mean needs some."""
+        return max(8, round(full * min(1.0, 4 * self.scale)))
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,8 @@ def stage_name(kind: str, rate: float) -> str:
 
 def write_stage(setting: Setting, kind: str, rate: float, split: Split) -> Path:
     """The stage file of one algorithm at one rate, measured on one split."""
-    lost, limit = setting.regression, setting.of(LIMITS[kind])
-    counts = {"select": 0, "report": 0, split: setting.of(getattr(setting, split))}
+    lost, limit = setting.regression, setting.steps(LIMITS[kind])
+    counts = {"select": 0, "report": 0, split: setting.tasks(getattr(setting, split))}
     text = STAGES[kind].format(eps=lost.eps) + SHARED.format(
         start=lost.start, steps=limit, domains=", ".join(f"{name}: 1" for name in lost.domains), rate=rate,
         warmup=rate / 10, kept=", ".join(map(str, checkpoints(limit, split))), measured=", ".join(lost.domains),
@@ -188,17 +192,17 @@ def train(setting: Setting, seed: int, rates: Mapping[str, Sequence[float]], spl
     files = [write_stage(setting, kind, rate, split) for kind, values in rates.items() for rate in values]
     if setting.regression.stage is not None:
         damage = setting.out / f"{setting.regression.start}.yaml"
-        damage.write_text(setting.regression.stage.format(steps=setting.of(DAMAGE)))
+        damage.write_text(setting.regression.stage.format(steps=setting.steps(DAMAGE)))
         files.insert(0, damage)
     stages = [*(f"nano/{name}" for name in PREPARED), *(str(file.resolve()) for file in files)]
     path = setting.out / f"seed-{seed}.yaml"
     path.write_text(
         CASCADE.format(
             hardware=setting.hardware, seed=seed, output=(setting.out / f"seed-{seed}").resolve(),
-            stages=", ".join(stages), select=setting.of(setting.select), report=setting.of(setting.report),
+            stages=", ".join(stages), select=setting.tasks(setting.select), report=setting.tasks(setting.report),
         )
     )  # fmt: skip
-    shorter = [f"stages.{name}.num_steps={setting.of(steps)}" for name, steps in PREPARED.items()]
+    shorter = [f"stages.{name}.num_steps={setting.steps(steps)}" for name, steps in PREPARED.items()]
     loaded = load_cascade(str(path), shorter if setting.scale < 1.0 else [])
     return read_manifest(run(loaded, Options(), lambda line: say(f"seed {seed}: {line}")))
 
