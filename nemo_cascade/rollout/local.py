@@ -15,9 +15,9 @@ import torch
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.decode import named_from
 from nemo_cascade.models.decode_native import AnyModel, decode_model
-from nemo_cascade.models.hf_folder import content_sha256, read_config
+from nemo_cascade.models.hf_copy import stored
+from nemo_cascade.models.hf_folder import content_sha256, read_checked_header, read_config
 from nemo_cascade.refit.checksum import checksum_of
-from nemo_cascade.refit.files import folder_tensors
 from nemo_cascade.rollout.draw import check_params
 from nemo_cascade.rollout.engine import Engine
 from nemo_cascade.types import NO_CHOICE, Completion, Request, SamplingParams, UserError
@@ -56,9 +56,14 @@ class LocalSampler:
         self._model, self.version, self.checksum = model, version, checksum
 
     def load_folder(self, folder: str | Path, version: int) -> None:
-        """Take the weights of a Hugging Face folder; the checksum is then the folder's content sha256."""
-        checksum = content_sha256(folder)
-        self.load_weights(folder_tensors(folder), version)
+        """Take the weights of a Hugging Face folder; the checksum is then the folder's content sha256.
+
+        UserError names the first tensor that is missing, misshapen or not what the folder's checksums.json records;
+        nothing is taken then.
+        """
+        read_checked_header(folder, self.config)
+        checksum = content_sha256(folder, check=True)
+        self.load_weights(stored(folder), version)
         self.checksum = checksum
 
     def close(self) -> None:
