@@ -79,7 +79,7 @@ class Sampler(Protocol):
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) as each one finishes. Same requests, same weights: same
-        completions.
+        completions. UserError where the parameters ask for experts and it cannot report them.
         """
 
     def load_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:

@@ -12,7 +12,7 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 import torch  # isort: skip
 
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
-from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
+from nemo_cascade.config.schema import DistillConfig, HardwareConfig, LossConfig, OptimizerConfig
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.moe import routers
 from nemo_cascade.models.routing import MoETransformerLayer
@@ -61,14 +61,19 @@ def test_own_choices_change_nothing_and_other_choices_do():
     assert (different - moved).abs().max() > 1e-4
 
 
-def sampled(learner: MegatronLearner) -> list[Sequence]:
-    """Sixteen completions by the Learner's weights, advantages of both signs, with the Sampler's experts."""
+def nano(precision: str = "fp32") -> MegatronLearner:
+    hardware = HardwareConfig(precision=precision)
+    return MegatronLearner(NANO, LearnerSettings(OptimizerConfig(lr=1e-3), num_steps=20, hardware=hardware), seed=1)
+
+
+def sampled(learner: MegatronLearner, count: int = 16) -> list[Sequence]:
+    """Completions by the Learner's weights, advantages of both signs, with the Sampler's experts."""
     sampler = LocalSampler(learner.config)
     sampler.load_weights(learner.weights(), 0)
     draw = torch.Generator().manual_seed(4)
     asked = [
-        Request(tuple(torch.randint(0, 512, (11 + 7 * (index // 4),), generator=draw).tolist()), index, 24)
-        for index in range(16)
+        Request(tuple(torch.randint(0, 512, (11 + 7 * (index // 4 % 4),), generator=draw).tolist()), index, 24)
+        for index in range(count)
     ]
     rows = []
     for index, completion in sorted(sampler.sample(asked, SamplingParams(24, routed_experts=True))):
@@ -88,7 +93,7 @@ def sampled(learner: MegatronLearner) -> list[Sequence]:
 
 def test_the_samplers_experts_are_the_learners_own_in_fp32():
     """Nano, 728 tokens in two layers of top-2: the same sets but for ties, and the last token of each is free."""
-    learner = MegatronLearner(NANO, LearnerSettings(OptimizerConfig(lr=1e-3), num_steps=20), seed=1)
+    learner = nano()
     rows = sampled(learner)
     differing, compared, tokens = 0, 0, 0
     for row, own in zip(rows, learner.routing(rows), strict=True):
@@ -104,6 +109,21 @@ def test_the_samplers_experts_are_the_learners_own_in_fp32():
     assert {expert for row in rows for expert in row.routed_experts} == {*range(8), NO_CHOICE}
     metrics = learner.update(with_routing(rows, learner, "sampler"), policy_gradient(LossConfig()))
     assert metrics["routing_flips"] <= 1e-3 and metrics["gap_abs"] < 1e-4
+
+
+def test_in_bf16_the_samplers_experts_take_the_largest_gaps_away():
+    """The Sampler computes in fp32 with the same weights. Tokens whose experts differ are the far ones; the rest of the
+    distance is rounding, which no choice of experts takes away.
+    """
+    learner = nano("bf16")
+    rows = sampled(learner, 64)
+    gaps = {
+        replay: nano("bf16").update(with_routing(rows, learner, replay), policy_gradient(LossConfig()))
+        for replay in ("none", "sampler")
+    }
+    assert 1e-3 < gaps["sampler"]["routing_flips"] < 0.02
+    assert gaps["sampler"]["gap_abs_max"] < 0.5 * gaps["none"]["gap_abs_max"]
+    assert gaps["sampler"]["gap_abs"] < gaps["none"]["gap_abs"]
 
 
 def test_what_the_sampler_recorded_decides_the_update():
