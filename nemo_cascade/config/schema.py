@@ -60,6 +60,9 @@ class OptimizerConfig:
             )
 
 
+ROUTING_REPLAY = ("none", "learner", "sampler")
+"""Choices of `loss.routing_replay` and `distill.routing_replay`."""
+
 NORMALIZE = ("batch_tokens", "group_tokens", "sequence", "constant")
 KL_TYPES = ("k1", "k2", "k3")
 IMPORTANCE = ("none", "tis", "icepop", "sequence_mask")
@@ -140,7 +143,9 @@ class LossConfig:
     importance_low: float = 0.5
     importance_high: float = 2.0
     max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens or of sequences
-    routing_replay: str = "none"  # none | learner: the update uses the experts of a pass just before it
+    # Experts that the update uses: none: its own | learner: those of a pass of the Learner just before it
+    # | sampler: those by which each token was sampled, which travel and are recorded with the rollout
+    routing_replay: str = "none"
 
     def __post_init__(self) -> None:
         choose("loss.normalize", self.normalize, NORMALIZE)
@@ -165,7 +170,7 @@ class LossConfig:
             )
         interval("loss.importance_low", self.importance_low, "loss.importance_high", self.importance_high)
         share("loss.max_masked_share", self.max_masked_share)
-        choose("loss.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("loss.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
@@ -193,7 +198,7 @@ class DistillConfig:
         interval("distill.importance_low", self.importance_low, "distill.importance_high", self.importance_high)
         above("distill.clip_advantage", self.clip_advantage, 0.0)
         share("distill.max_masked_share", self.max_masked_share)
-        choose("distill.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("distill.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
@@ -260,6 +265,11 @@ class RolloutStage(StageBase):
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses; each kind of stage has the key beside its loss."""
+        return "none"
+
 
 @dataclass
 class GrpoConfig(RolloutStage):
@@ -271,6 +281,11 @@ class GrpoConfig(RolloutStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("group_size", self.group_size, 2)
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.loss.routing_replay
 
 
 @dataclass
@@ -305,6 +320,11 @@ class MopdConfig(RolloutStage):
                 f"distill.domain_weights: {', '.join(sorted(weights))} are not the stage's domains "
                 f"{', '.join(sorted(self.data.domains))}; give each domain a weight, or none"
             )
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.distill.routing_replay
 
 
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from safetensors import safe_open
 
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import EvaluationConfig
@@ -17,28 +13,11 @@ from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.domains import Services, load
 from nemo_cascade.evaluation.benchmark import Benchmark
 from nemo_cascade.evaluation.intervals import bootstrap_mean
-from nemo_cascade.models.hf_folder import read_config, weight_files
+from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.reward.judge import Judge
 from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.rollout.server_process import start_server
 from nemo_cascade.types import Interval, Message, Request, SamplingParams
-
-
-def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a Hugging Face folder under the names they have there, one at a time."""
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
-                yield name, stored.get_tensor(name)
-
-
-def open_sampler(folder: Path) -> LocalSampler:
-    """A Sampler in this process with the weights of a Hugging Face folder (published names; `convert` brings
-    others).
-    """
-    sampler = LocalSampler(read_config(folder))
-    sampler.load_weights(tensors_of(folder), 0)
-    return sampler
 
 
 def evaluate_folder(
@@ -56,7 +35,7 @@ def evaluate_folder(
         if judge is not None and judge.named and config.files:
             services.equivalence_judge = stack.enter_context(open_judge(judge))
         domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
-        sampler = open_sampler(folder)
+        sampler = LocalSampler.from_folder(folder)
         stack.callback(sampler.close)
         rows = stack.enter_context(Benchmark(config, domains, sampler, chat, workers)).run()
     cells: dict[tuple[str, str, str], list[float]] = {}
@@ -93,7 +72,7 @@ class Conversation:
     def __post_init__(self) -> None:
         folder = hf_folder(self.reference)
         self.chat = ChatTokenizer(tokenizer_folder(folder, read_config(folder).vocab_size))
-        self.sampler = open_sampler(folder)
+        self.sampler = LocalSampler.from_folder(folder)
         if self.system:
             self.messages.append(Message("system", self.system))
 

@@ -63,6 +63,7 @@ class _Batch(ctypes.Structure):
         ("kv_stride", ctypes.c_int64),
         ("room", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
     ]
 
 
@@ -167,9 +168,15 @@ class NativeModel:
         window = (config.conv_kernel - 1) * config.conv_channels
         self._fixed_size = len(config.layers("M")) * (window + config.mamba_inner * config.ssm_state_size)
         self._kv_shape = (len(config.layers("*")), 2 * config.num_key_value_heads * config.head_dim)
+        self._chosen = len(config.layers("E")) * config.num_experts_per_tok
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int = 0) -> tuple[torch.Tensor, NativeCache]:
-        """Read prompts of any lengths; logits [B, V] after each one's last token, and the cache to decode from."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], room: int = 0, experts: list[bytes] | None = None
+    ) -> tuple[torch.Tensor, NativeCache]:
+        """Read prompts of any lengths; logits [B, V] after each one's last token, and the cache to decode from.
+
+        `experts` gets for each prompt the experts that its tokens used, uint8 [tokens, MoE layers, top-k].
+        """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("prefill: every prompt needs at least one token")
         lengths = [len(prompt) for prompt in prompts]
@@ -180,6 +187,7 @@ class NativeModel:
             torch.zeros(len(prompts), layers, _rounded(max(lengths) + room), width),
         )
         last_BH = torch.empty(len(prompts), self.config.hidden_size)
+        found = [b""] * len(prompts)
         longest_first = sorted(range(len(prompts)), key=lambda row: -lengths[row])
         for start in range(0, len(prompts), PREFILL_ROWS):
             rows = longest_first[start : start + PREFILL_ROWS]
@@ -188,28 +196,48 @@ class NativeModel:
             for place, row in enumerate(rows):
                 tokens[place, : lengths[row]] = torch.tensor(prompts[row])
             active = len(rows)
+            shape = (tokens.shape[1], len(rows), self._chosen)
+            noted = None if experts is None else torch.empty(shape, dtype=torch.uint8)
             for at in range(lengths[rows[0]]):
                 while lengths[rows[active - 1]] <= at:
                     active -= 1
                 read = torch.full((active,), at, dtype=torch.int64)
-                hidden = self._advance(tokens[:active, at], cache, index[:active], read)
+                used = None if noted is None else noted[at]
+                hidden = self._advance(tokens[:active, at], cache, index[:active], read, used)
                 ended = [place for place in range(active) if lengths[rows[place]] == at + 1]
                 if ended:
                     last_BH[index[ended]] = hidden[ended]
+            if noted is not None:
+                for place, row in enumerate(rows):
+                    found[row] = noted[: lengths[row], place].numpy().tobytes()
+        if experts is not None:
+            experts += found
         return self._logits(last_BH), cache
 
-    def step(self, tokens_B: torch.Tensor, cache: NativeCache) -> torch.Tensor:
-        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place."""
+    def step(self, tokens_B: torch.Tensor, cache: NativeCache, experts: list[bytes] | None = None) -> torch.Tensor:
+        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place.
+
+        `experts` gets for each row those that this token used, uint8 [MoE layers, top-k].
+        """
         if max(cache.lengths) >= cache.kv.shape[2]:
             cache.grow(_rounded(2 * max(cache.lengths)))
         rows = len(cache.lengths)
-        hidden = self._advance(tokens_B, cache, torch.arange(rows), torch.tensor(cache.lengths))
+        used = None if experts is None else torch.empty(rows, self._chosen, dtype=torch.uint8)
+        hidden = self._advance(tokens_B, cache, torch.arange(rows), torch.tensor(cache.lengths), used)
+        if experts is not None and used is not None:
+            experts += [own.tobytes() for own in used.numpy()]
         cache.lengths = [length + 1 for length in cache.lengths]
         return self._logits(hidden)
 
     def _advance(
-        self, tokens: torch.Tensor, cache: NativeCache, index: torch.Tensor, lengths: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        cache: NativeCache,
+        index: torch.Tensor,
+        lengths: torch.Tensor,
+        used: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Hidden states [rows, hidden] after one token each; `used` [rows, MoE layers * top-k] is filled when given."""
         rows = len(tokens)
         hidden = torch.zeros(-(-rows // ROWS) * ROWS, self.config.hidden_size)
         torch.index_select(self._embeddings, 0, tokens, out=hidden[:rows])
@@ -219,6 +247,7 @@ class NativeModel:
         batch = _Batch(
             rows, index.data_ptr(), lengths.data_ptr(), cache.fixed.data_ptr(), cache.fixed.stride(0),
             cache.kv.data_ptr(), cache.kv.stride(0), cache.kv.shape[2], cache.scratch.data_ptr(),
+            None if used is None else used.data_ptr(),
         )  # fmt: skip
         self._loaded.step(
             ctypes.byref(self._struct),

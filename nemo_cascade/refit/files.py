@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from safetensors import safe_open
-
-from nemo_cascade.models.hf_folder import read_header
+from nemo_cascade.models.hf_copy import stored
 from nemo_cascade.protocols import Learner, Sampler
 from nemo_cascade.refit.checksum import ChecksummedSampler, expect_equal
 from nemo_cascade.refit.rounding import Rounding
@@ -43,7 +39,7 @@ class FileRefit:
         rounding = Rounding(reader.holds)
         sent = learner.export(str(path))
         if rounding.possible:
-            for name, tensor in folder_tensors(path):
+            for name, tensor in stored(path):
                 rounding.add(name, tensor)
         rounding.report(version)
         reader.load_folder(path, version)
@@ -51,26 +47,3 @@ class FileRefit:
         for old in sorted(self.folder.glob("version_*"))[:-KEPT_FOLDERS]:
             shutil.rmtree(old, ignore_errors=True)
         return sent
-
-
-def folder_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a Hugging Face folder under published names, one at a time.
-
-    Newer transformers saves `model.` names and experts stacked in one tensor; those are taken apart.
-    """
-    for file in sorted({header.file for header in read_header(folder).values()}):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
-                yield from published(name, stored.get_tensor(name))
-
-
-def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One stored tensor under the names that published checkpoints use."""
-    if name.startswith("model."):
-        name = "backbone." + name.removeprefix("model.")
-    stem, _, last = name.rpartition(".")
-    if not stem.endswith("mixer.experts"):
-        yield name, tensor
-        return
-    for expert, part in enumerate(tensor):
-        yield f"{stem}.{expert}.{last}.weight", part

@@ -96,6 +96,7 @@ class Collector:
         self.filters = filters if filters is not None else FiltersConfig()
         self.scorer = Scorer(domains, reward_workers)
         self.timer: Timer = _untimed
+        self.routed_experts = False  # whether rollouts carry the experts that the sampler used
         self.environments = Workers(reward_workers, "environment")
         self.environment_deadline_s = ENVIRONMENT_DEADLINE_S
 
@@ -187,6 +188,7 @@ class _Run:
             top_k=sampling.top_k,
             stop_ids=tuple(collector.chat.stop_ids),
             logprobs=sampling.logprobs,
+            routed_experts=collector.routed_experts,
         )
 
     def start_missing(self) -> bool:

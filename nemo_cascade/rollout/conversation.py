@@ -43,6 +43,7 @@ class Conversation:
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    routed_experts: bytes = b""
     messages: list[Message] = field(default_factory=list)
     turns: int = 0
     truncated: bool = False
@@ -68,6 +69,7 @@ class Conversation:
         self.loss_mask += [1] * len(completion.token_ids)
         self.logprobs += [0.0] * len(completion.token_ids) if broken else completion.logprobs
         self.versions += [completion.version] * len(completion.token_ids)
+        self._note_experts(completion.routed_experts)
         self.turns += 1
         self.messages.append(chat.parse_assistant(completion.token_ids, self.task.thinking, self.task.tools))
         if completion.finish == "length":
@@ -120,7 +122,19 @@ class Conversation:
             transcript=Transcript(tuple(self.messages), self.truncated),
             outcome=self.outcome,
             sampling_seconds=self.seconds,
+            routed_experts=self.routed_experts,
         )
+
+    def _note_experts(self, experts: bytes) -> None:
+        """Append the experts of the tokens since the last turn. A turn reads the whole conversation again, but a token
+        keeps the experts by which it was sampled; the last one of a turn has its first ones in the next.
+        """
+        if not experts:
+            return
+        per_token, rest = divmod(len(experts), len(self.token_ids))
+        assert not rest, f"{self.task.id}#{self.sample}: {len(experts)} experts for {len(self.token_ids)} tokens"
+        known = max(0, len(self.routed_experts) - per_token)
+        self.routed_experts = self.routed_experts[:known] + experts[known:]
 
     def _append_given(self, count: int) -> None:
         """Bookkeeping of tokens that nobody sampled."""

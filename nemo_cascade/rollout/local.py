@@ -15,12 +15,12 @@ import torch
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.decode import named_from
 from nemo_cascade.models.decode_native import AnyModel, decode_model
-from nemo_cascade.models.hf_folder import content_sha256, read_config
+from nemo_cascade.models.hf_copy import stored
+from nemo_cascade.models.hf_folder import content_sha256, read_checked_header, read_config
 from nemo_cascade.refit.checksum import checksum_of
-from nemo_cascade.refit.files import folder_tensors
 from nemo_cascade.rollout.draw import check_params
 from nemo_cascade.rollout.engine import Engine
-from nemo_cascade.types import Completion, Request, SamplingParams, UserError
+from nemo_cascade.types import NO_CHOICE, Completion, Request, SamplingParams, UserError
 
 
 class LocalSampler:
@@ -56,9 +56,14 @@ class LocalSampler:
         self._model, self.version, self.checksum = model, version, checksum
 
     def load_folder(self, folder: str | Path, version: int) -> None:
-        """Take the weights of a Hugging Face folder; the checksum is then the folder's content sha256."""
-        checksum = content_sha256(folder)
-        self.load_weights(folder_tensors(folder), version)
+        """Take the weights of a Hugging Face folder; the checksum is then the folder's content sha256.
+
+        UserError names the first tensor that is missing, misshapen or not what the folder's checksums.json records;
+        nothing is taken then.
+        """
+        read_checked_header(folder, self.config)
+        checksum = content_sha256(folder, check=True)
+        self.load_weights(stored(folder), version)
         self.checksum = checksum
 
     def close(self) -> None:
@@ -78,6 +83,8 @@ class LocalSampler:
         """
         engine = self.engine()
         check_params(params)
+        if params.routed_experts:
+            check_experts(self.config)
         for index, request in enumerate(requests):
             check_request(request, self.config.vocab_size, f"request {index}")
             engine.add(index, request, params)
@@ -87,6 +94,14 @@ class LocalSampler:
 def _drain(engine: Engine) -> Iterator[tuple[int, Completion]]:
     while engine.busy:
         yield from engine.step()
+
+
+def check_experts(config: NemotronHConfig) -> None:
+    """Refuse to record experts where there are none, or more than a byte can name."""
+    if not config.layers("E"):
+        raise UserError("routing_replay: sampler: the model has no layer of experts; set it to none")
+    if config.n_routed_experts > NO_CHOICE:
+        raise UserError(f"routing_replay: expert numbers are bytes, the model has {config.n_routed_experts}")
 
 
 def check_request(request: Request, vocab_size: int, where: str) -> None:

@@ -43,6 +43,7 @@ def as_sequences(
                     group=index,
                     domain=places.get(group.task.domain, 0),
                     teacher=teachers[group.task.domain] if teachers else "",
+                    routed_experts=rollout.routed_experts,
                 )
             )
     return sequences
@@ -68,11 +69,17 @@ def with_reference(sequences: Sequence[TokenSequence], learner: Learner, referen
 def with_routing(sequences: Sequence[TokenSequence], learner: Learner, replay: str) -> list[TokenSequence]:
     """The same sequences with the experts that the update must use (`loss.routing_replay`).
 
-    `learner`: what the policy chooses in a pass without gradient, just before the update; `none`: the update chooses.
+    `sampler`: those that the rollout brought; `learner`: what the policy chooses in a pass without gradient, just
+    before the update; `none`: the update chooses.
     """
-    if replay == "none":
+    if replay == "sampler":
+        if bare := sum(not sequence.routed_experts for sequence in sequences):
+            raise UserError(
+                f"routing_replay: sampler: {bare} of {len(sequences)} rollouts do not say which experts the sampler "
+                "used; set it to learner, or sample them again"
+            )
         return list(sequences)
-    experts = learner.routing(sequences)
+    experts = [b""] * len(sequences) if replay == "none" else learner.routing(sequences)
     return [dataclasses.replace(sequence, routed_experts=own) for sequence, own in zip(sequences, experts, strict=True)]
 
 

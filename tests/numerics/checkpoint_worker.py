@@ -36,6 +36,9 @@ LAYOUTS = {
     "expert": {"expert_parallel": 2},
     "stages": {"pipeline_parallel": 2},
     "zero": {"distributed_optimizer": True},
+    "context": {"context_parallel": 2},
+    "tensor-expert": {"tensor_parallel": 2, "expert_parallel": 2},
+    "tensor-context": {"tensor_parallel": 2, "context_parallel": 2},
 }
 
 

@@ -7,6 +7,7 @@ FOLDER/teacher and FOLDER/start hold weights of its model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch  # isort: skip
 
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
 from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
+from nemo_cascade.learner.output import output_logprobs
 from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.types import Sequence, UserError
 from tools.bench.layouts import LAYOUTS, MODEL, ONE, Layout, sequences
@@ -86,12 +88,12 @@ def chosen(learner: MegatronLearner, start: str, own: list[Sequence]) -> dict[st
 
 
 def in_pieces(learner: MegatronLearner, rows: list[Sequence]) -> list[list[float]]:
-    """Log-probabilities where every row is long."""
-    piece, forward.PIECE = forward.PIECE, 16
+    """Log-probabilities where every row is long: 16 tokens of it at a time."""
+    forward.output_logprobs = functools.partial(output_logprobs, chunk_logits=16 * MODEL.vocab_size)
     try:
         return learner.logprobs(rows)
     finally:
-        forward.PIECE = piece
+        forward.output_logprobs = output_logprobs
 
 
 def routing(learner: MegatronLearner, rows: list[Sequence]) -> list[str] | None:

@@ -19,7 +19,7 @@ from nemo_cascade.algorithms.loss import cross_entropy
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.models import convert, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.refit.files import folder_tensors
+from nemo_cascade.models.hf_copy import stored
 from nemo_cascade.types import Sequence
 
 DEEP = NemotronHConfig(
@@ -38,14 +38,14 @@ def rows() -> list[Sequence]:
 
 def check_weights(folder: Path) -> None:
     """What comes out of a bf16 model is what went in, on every rank, whoever holds it."""
-    stored = dict(folder_tensors(folder / "start"))
+    start = dict(stored(folder / "start"))
     layouts = (parallel.ParallelLayout(tensor=2), parallel.ParallelLayout(expert=2))
     for number, layout in enumerate(layouts):
         parallel.start(layout, rendezvous=folder / f"weights-{number}", timeout_s=60.0)
         model = nemotron_h.build(DEEP, layout, "bf16")
         convert.load_folder(model, folder / "start")
         for name, tensor in convert.export_weights(model, DEEP):
-            if not torch.equal(tensor.float(), stored[name]):
+            if not torch.equal(tensor.float(), start[name]):
                 raise AssertionError(f"{layout}: {name} came back changed")
         parallel.stop()
 

@@ -1,44 +1,36 @@
 """A training checkpoint at nano size, saved in one layout and gone on with in another: weights and moments bit for bit.
 
-Two-rank layouts run in two processes of their own.
+Layouts of two and four ranks run in processes of their own.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import MegatronLearner
 
 import torch  # isort: skip
 
 from tests.numerics import checkpoint_worker
 
-pytestmark = pytest.mark.slow
-CUT = ("data", "tensor", "expert", "stages", "zero")
-ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ranks")]
+IN_TWO = ("data", "tensor", "expert", "stages", "zero", "context")
+IN_FOUR = ("tensor-expert", "tensor-context")
+CUT = (*IN_TWO, *IN_FOUR)
+ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"), ("context", "stages"))
+ACROSS_FOUR = (("tensor", "tensor-expert"), ("zero", "tensor-context"))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
-
-
-def in_two_ranks(folder: Path, *steps: str) -> None:
-    """Let two processes run the steps of checkpoint_worker.py."""
+def in_ranks(ranks: int, folder: Path, *steps: str) -> None:
+    """Let so many processes run the steps of checkpoint_worker.py."""
     processes = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment = os.environ | place | {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *steps]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
@@ -46,7 +38,8 @@ def in_two_ranks(folder: Path, *steps: str) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    codes = [process.returncode for process in processes]
+    assert not any(codes), f"{codes}\n" + "\n".join(error[-2000:] for error in errors)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("checkpoints")
     MegatronLearner(checkpoint_worker.NANO, checkpoint_worker.SETTINGS, seed=3).export(str(base / "start"))
     checkpoint_worker.run(base, "one", "save", "one")
-    loads = [f"{layout}:load:one" for layout in CUT] + [f"{layout}:load:{name}" for name, layout in ACROSS]
-    in_two_ranks(base, *(f"{layout}:save:{layout}" for layout in CUT), *loads)
+    for ranks, layouts, across in ((2, IN_TWO, ACROSS), (4, IN_FOUR, ACROSS_FOUR)):
+        loads = [f"{layout}:load:one" for layout in layouts] + [f"{layout}:load:{name}" for name, layout in across]
+        in_ranks(ranks, base, *(f"{layout}:save:{layout}" for layout in layouts), *loads)
     for layout in CUT:
         checkpoint_worker.run(base, "one", "load", layout)
     return base
@@ -77,16 +71,16 @@ def compare(folder: Path, name: str, saved_in: str, loaded_in: str) -> None:
 
 
 @pytest.mark.parametrize("layout", CUT)
-def test_saved_on_one_rank_loaded_on_two(folder, layout):
+def test_saved_on_one_rank_loaded_on_several(folder, layout):
     compare(folder, "one", "one", layout)
 
 
 @pytest.mark.parametrize("layout", CUT)
-def test_saved_on_two_ranks_loaded_on_one(folder, layout):
+def test_saved_on_several_ranks_loaded_on_one(folder, layout):
     compare(folder, layout, layout, "one")
 
 
-@pytest.mark.parametrize(("name", "layout"), ACROSS)
+@pytest.mark.parametrize(("name", "layout"), ACROSS + ACROSS_FOUR)
 def test_saved_in_one_cut_loaded_in_another(folder, name, layout):
     compare(folder, name, name, layout)
 

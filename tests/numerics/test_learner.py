@@ -1,41 +1,33 @@
 """The Learner's numbers: the same step for every number of ranks and every packing, bit-exact resume and restore."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
+from nemo_cascade.learner import forward
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
 
-from nemo_cascade.algorithms.kept import Distribution
+from nemo_cascade.algorithms.kept import RAW, Distribution
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
 from nemo_cascade.config.schema import DistillConfig, HardwareConfig, LossConfig, OptimizerConfig
+from nemo_cascade.learner.output import output_logprobs
 from nemo_cascade.types import Sequence, UserError
 from tests.numerics import learner_worker
 from tests.numerics.learner_worker import TINY
 
+pytestmark = pytest.mark.usefixtures("ranks")
 LAYOUTS = ("two:4096:data", "experts:64:expert_parallel", "tensor:4096:tensor_parallel")  # two ranks each
 WORKER = Path(__file__).with_name("learner_worker.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def build(seed: int = 1, **settings: object) -> MegatronLearner:
@@ -257,6 +249,22 @@ def test_logprobs_are_those_of_the_configured_distribution():
     logits = raw.model.packed_logits(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32)).detach()
     expected = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
     assert scores[0][1:] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("distribution", [RAW, Distribution(temperature=0.7, top_p=0.9)])
+def test_long_rows_pass_the_output_layer_in_chunks(monkeypatch: pytest.MonkeyPatch, distribution: Distribution):
+    """7 tokens at a time, through the policy and Megatron's gradient buffers over several micro-batches."""
+    whole, chunked = (build(distribution=distribution, micro_batch_tokens=64) for _ in range(2))
+    expected = whole.logprobs(sequences()), whole.update(sequences(), cross_entropy("token"))
+    monkeypatch.setattr(forward, "output_logprobs", functools.partial(output_logprobs, chunk_logits=7 * 64))
+    found = chunked.logprobs(sequences()), chunked.update(sequences(), cross_entropy("token"))
+    for one, other in zip(expected[0], found[0], strict=True):
+        assert other == pytest.approx(one, abs=1e-6)
+    for key in ("loss", "grad_norm", "entropy"):
+        assert found[1][key] == pytest.approx(expected[1][key], rel=1e-6)
+    for one, other in zip(whole.model.parameters(), chunked.model.parameters(), strict=True):
+        torch.testing.assert_close(other.main_grad, one.main_grad, rtol=0.0, atol=1e-6)
+    assert chunked.model.output_layer.weight.main_grad.abs().max() > 1e-3
 
 
 def test_update_and_logprobs_agree_on_the_policy():

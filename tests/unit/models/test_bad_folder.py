@@ -21,6 +21,7 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import CHECKSUMS, INDEX, content_sha256, file_header, raw_header
 from nemo_cascade.models.hf_writer import WriteFailed
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.types import UserError
 from tests.flow.test_trouble import disk
 
@@ -119,6 +120,7 @@ def test_a_damaged_folder_is_refused_before_anything_changes(folder: Path, model
     for use in (
         lambda: convert.load_folder(model, folder),
         lambda: hf_copy.copy_folder(folder, folder.parent / "copy"),
+        lambda: LocalSampler.from_folder(folder),
     ):
         with pytest.raises(UserError) as caught:
             use()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.refit.checksum import checksum_of
-from nemo_cascade.refit.files import FileRefit, folder_tensors
+from nemo_cascade.refit.files import FileRefit
 from nemo_cascade.refit.memory import MemoryRefit
 from nemo_cascade.refit.nowhere import NoRefit
 from nemo_cascade.rollout.local import LocalSampler
@@ -79,21 +79,6 @@ def test_checksum_ignores_order_and_sees_names_types_shapes_and_bits() -> None:
         [("a", one)],
     ]
     assert len({base, *(checksum_of(named) for named in others)}) == 6
-
-
-def test_stacked_experts_of_newer_transformers_are_taken_apart(tmp_path: Path) -> None:
-    stacked = torch.arange(24.0).view(2, 3, 4)
-    save_file(
-        {"model.layers.0.mixer.experts.up_proj": stacked, "lm_head.weight": torch.ones(1)},
-        tmp_path / "model.safetensors",
-    )
-    named = dict(folder_tensors(tmp_path))
-    assert sorted(named) == [
-        "backbone.layers.0.mixer.experts.0.up_proj.weight",
-        "backbone.layers.0.mixer.experts.1.up_proj.weight",
-        "lm_head.weight",
-    ]
-    assert torch.equal(named["backbone.layers.0.mixer.experts.1.up_proj.weight"], stacked[1])
 
 
 def test_without_a_sampler_nothing_is_brought_anywhere() -> None:
