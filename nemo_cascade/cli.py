@@ -285,6 +285,9 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
         "--shard-size", default="5GB", metavar="SIZE", help="largest file of the written folder (default 5GB)"
     )
     sub.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer the folder carries (source's)")
+    sub.add_argument(
+        "--average", type=Path, nargs="+", default=[], metavar="FOLDER", help="write the mean of the source and these"
+    )
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -294,6 +297,12 @@ def convert(options: argparse.Namespace) -> int:
     conversion = importlib.import_module("nemo_cascade.evaluation.conversion")
     shard_bytes = conversion.size_in_bytes(options.shard_size)
     source = hf_folder(str(options.source))
+    if options.average:
+        if options.dtype != "keep":
+            raise UserError("--average: keeps the dtype of its sources; leave --dtype out, or convert the mean")
+        others = [hf_folder(str(folder)) for folder in options.average]
+        print(conversion.average([source, *others], options.target, shard_bytes, options.tokenizer))
+        return 0
     print(conversion.convert(source, options.target, options.dtype, shard_bytes, options.tokenizer))
     return 0
 
