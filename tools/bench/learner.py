@@ -63,10 +63,18 @@ def train_50m(machine: Machine, repeats: int) -> Numbers:
 
 
 def grpo(_: Machine, repeats: int) -> Numbers:
-    """GRPO against TRL's trainer, whole steps and updates alone."""
+    """GRPO against TRL's trainer: whole steps as the base answers (some 15 tokens), the update alone, and whole steps with
+    answers of exactly 128 tokens.
+    """
     from tools.bench.grpo_step import update_alone, whole_step
+    from tools.bench.trl_peer import Prompts
 
-    return whole_step(repeats) | update_alone(repeats)
+    long = Prompts(max_new_tokens=128, to_the_limit=True)
+    return (
+        whole_step(Prompts(), "grpo_step", repeats)
+        | update_alone(repeats)
+        | whole_step(long, "grpo_step_128", repeats, warmup=1)
+    )
 
 
 def agreement(_: Machine, repeats: int) -> Numbers:
