@@ -96,10 +96,9 @@ class TakeTurns(TrainerCallback):
                 self.seconds[name].append(seconds)
 
 
-def whole_step(repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Sampling, reward, loss and update of both; the ratio is above 1 where ours is faster."""
-    prompts, turns = Prompts(), TakeTurns(warmup)
-    ours = OurGrpo(prompts)
+def whole_step(prompts: Prompts, name: str, repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Sampling, reward, loss and update of both; `NAME_vs_trl` is above 1 where ours is faster."""
+    turns, ours = TakeTurns(warmup), OurGrpo(prompts)
     turns.ours = ours
     try:
         with tempfile.TemporaryDirectory() as output:
@@ -109,18 +108,18 @@ def whole_step(repeats: int, warmup: int = 2) -> dict[str, float]:
     finally:
         ours.close()
     return {
-        "grpo_step_vs_trl": median_ratio(turns.seconds, "theirs", "ours"),
-        "grpo_step_seconds_ours": statistics.median(turns.seconds["ours"]),
-        "grpo_step_seconds_trl": statistics.median(turns.seconds["theirs"]),
-        "grpo_step_tokens_ours": statistics.fmean(ours.tokens),
-        "grpo_step_tokens_trl": lengths * prompts.count * prompts.group_size,
+        f"{name}_vs_trl": median_ratio(turns.seconds, "theirs", "ours"),
+        f"{name}_seconds_ours": statistics.median(turns.seconds["ours"]),
+        f"{name}_seconds_trl": statistics.median(turns.seconds["theirs"]),
+        f"{name}_tokens_ours": statistics.fmean(ours.tokens),
+        f"{name}_tokens_trl": lengths * prompts.count * prompts.group_size,
     }
 
 
 def update_alone(repeats: int, warmup: int = 2) -> dict[str, float]:
     """The update on rollouts that TRL has sampled in its first step, which is not counted.
 
-    `num_iterations` is TRL's own way to train again on the same rollouts.
+    `num_iterations` is TRL's own way to train again on the same rollouts. `tokens_trl` counts its padding.
     """
     prompts, turns = Prompts(), TakeTurns(warmup)
     learner, objective = our_learner(), policy_gradient(LossConfig(normalize="batch_tokens"))
@@ -134,8 +133,11 @@ def update_alone(repeats: int, warmup: int = 2) -> dict[str, float]:
 
         turns.ours = update
         trainer.train()
+        (inputs,) = trainer._buffered_inputs
     return {
         "grpo_update_vs_trl": median_ratio(turns.seconds, "theirs", "ours"),
         "grpo_update_seconds_ours": statistics.median(turns.seconds["ours"]),
         "grpo_update_seconds_trl": statistics.median(turns.seconds["theirs"]),
+        "grpo_update_tokens_ours": float(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()),
+        "grpo_update_tokens_trl": float(inputs["prompt_mask"].numel() + inputs["completion_mask"].numel()),
     }

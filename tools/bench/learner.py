@@ -5,7 +5,8 @@
 
 All ratios are measured in one run, the sides in turn, and are medians; above 1 ours is faster. Same weights, same
 batch, same dtype, one thread. On a CPU seconds are the process's processor time (clock.py). Needs TRL for the parts
-grpo and agreement: `make bench` installs it into the environment and runs all of this (three to five minutes).
+grpo and agreement: `make bench` installs it into the environment and runs all of this (two minutes of one
+idle core).
 
 On a GPU: SFT and the GRPO training step of the 1B model, tokens/s and MFU, SFT also against transformers; the
 comparisons with TRL stay on the CPU, where our local sampler is.
@@ -63,10 +64,18 @@ def train_50m(machine: Machine, repeats: int) -> Numbers:
 
 
 def grpo(_: Machine, repeats: int) -> Numbers:
-    """GRPO against TRL's trainer, whole steps and updates alone."""
+    """GRPO against TRL's trainer: whole steps as the base answers (some 15 tokens), the update alone, and whole steps
+    whose answers have exactly 128 tokens.
+    """
     from tools.bench.grpo_step import update_alone, whole_step
+    from tools.bench.trl_peer import Prompts
 
-    return whole_step(repeats) | update_alone(repeats)
+    long = Prompts(max_new_tokens=128, to_the_limit=True)
+    return (
+        whole_step(Prompts(), "grpo_step", repeats)
+        | update_alone(repeats)
+        | whole_step(long, "grpo_step_128", repeats, warmup=1)
+    )
 
 
 def agreement(_: Machine, repeats: int) -> Numbers:

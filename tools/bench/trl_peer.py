@@ -29,13 +29,21 @@ OPTIMIZER = OptimizerConfig(lr=1e-6)  # moves the weights, and so little that ev
 
 @dataclass(frozen=True)
 class Prompts:
-    """The same prompts for both sides, and the reward of their domain."""
+    """The same prompts for both sides, and the reward of their domain.
+
+    `to_the_limit`: no token ends an answer, so that all have exactly `max_new_tokens` on both sides.
+    """
 
     count: int = 8
     group_size: int = 8
     max_new_tokens: int = 48
+    to_the_limit: bool = False
     domain_name: str = "instruction_following"
     chat: ChatTokenizer = field(default_factory=lambda: ChatTokenizer(FOLDER))
+
+    def __post_init__(self) -> None:
+        if self.to_the_limit:
+            self.chat.stop_ids = ()
 
     @property
     def domain(self) -> Any:
@@ -97,6 +105,8 @@ def peer_trainer(
         "max_grad_norm": OPTIMIZER.clip_grad, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
         "eval_strategy": "no", "disable_tqdm": True, "seed": 1, **changes,
     }  # fmt: skip
+    if prompts.to_the_limit:
+        given["generation_kwargs"] = {"min_new_tokens": prompts.max_new_tokens}
     trainer = GRPOTrainer(
         model=model if model is not None else nano_model(prompts.chat.stop_ids),
         reward_funcs=prompts.reward(),
