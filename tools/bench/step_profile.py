@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -25,6 +26,7 @@ from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.learner import parallel  # first: it sets what torch reads at import
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.mixer_native import MixerSizes
 from nemo_cascade.types import Sequence
 
 # A step is cut by the outermost of these names above an operation; backward nodes are named after the forward's.
@@ -68,7 +70,10 @@ def main() -> None:
     options = parser.parse_args()
     parallel.start(threads=1)
     config = NemotronHConfig.preset(options.model)
-    found: dict[str, Any] = {"profile": profiled(config, options.sequences, options.length)}
+    found: dict[str, Any] = {
+        "profile": profiled(config, options.sequences, options.length),
+        "mixer_gain": mixer_gain(config, options.sequences, options.length),
+    }
     if not options.no_growth:
         found["growth"] = growth(config, options.length)
     if options.json:
@@ -76,6 +81,7 @@ def main() -> None:
         return
     print(f"{options.model}, {options.sequences} x {options.length} tokens: share of the step's time")
     print_profile(found["profile"])
+    print(f"a step with the PyTorch mixer takes {found['mixer_gain']:.2f} times as long as with the one in C")
     if "growth" in found:
         print(f"\n{'step':<34}{'tokens':>8}{'parameters':>14}{'seconds':>9}{'us/token':>10}")
     for row in found.get("growth", ()):
@@ -174,6 +180,21 @@ def growth(config: NemotronHConfig, length: int) -> list[dict[str, Any]]:
         experts = config.n_routed_experts * factor
         cases.append((f"{experts} experts", dataclasses.replace(config, n_routed_experts=experts), 16))
     return [measured(what, model, count, length) for what, model, count in cases]
+
+
+def mixer_gain(config: NemotronHConfig, count: int, length: int) -> float:
+    """How many times longer a step takes with the PyTorch mixer than with the one in C: alternating, of medians."""
+    learner, sequences = learner_of(config, count * length), sequences_of(config, count, length)
+    objective = cross_entropy("token")
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for repeat in range(2 * REPEATS + 2):
+        native = repeat % 2 == 0
+        with patch.object(MixerSizes, "usable", MixerSizes.usable if native else lambda *_: False):
+            started = time.process_time()
+            learner.update(sequences, objective)
+            if repeat > 1:
+                seconds[native].append(time.process_time() - started)
+    return statistics.median(seconds[False]) / statistics.median(seconds[True])
 
 
 def measured(what: str, config: NemotronHConfig, count: int, length: int) -> dict[str, Any]:
