@@ -26,7 +26,7 @@ from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.learner import parallel  # first: it sets what torch reads at import
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.mixer_native import MixerSizes
+from nemo_cascade.models.mixer_native import MixerSizes, library
 from nemo_cascade.types import Sequence
 
 # A step is cut by the outermost of these names above an operation; backward nodes are named after the forward's.
@@ -70,10 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     parallel.start(threads=1)
     config = NemotronHConfig.preset(options.model)
-    found: dict[str, Any] = {
-        "profile": profiled(config, options.sequences, options.length),
-        "mixer_gain": mixer_gain(config, options.sequences, options.length),
-    }
+    found: dict[str, Any] = {"profile": profiled(config, options.sequences, options.length)}
+    if library() is not None:
+        found["mixer_gain"] = mixer_gain(config, options.sequences, options.length)
     if not options.no_growth:
         found["growth"] = growth(config, options.length)
     if options.json:
@@ -81,7 +80,8 @@ def main() -> None:
         return
     print(f"{options.model}, {options.sequences} x {options.length} tokens: share of the step's time")
     print_profile(found["profile"])
-    print(f"a step with the PyTorch mixer takes {found['mixer_gain']:.2f} times as long as with the one in C")
+    if "mixer_gain" in found:
+        print(f"a step with the PyTorch mixer takes {found['mixer_gain']:.2f} times as long as with the one in C")
     if "growth" in found:
         print(f"\n{'step':<34}{'tokens':>8}{'parameters':>14}{'seconds':>9}{'us/token':>10}")
     for row in found.get("growth", ()):
