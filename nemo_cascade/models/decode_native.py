@@ -10,14 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +20,9 @@ import torch.nn.functional as F
 
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.decode import Cache, DecodeModel, check_weights, compaction
+from nemo_cascade.models.native import compiled
 
-LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode_step.c")
-# Tuning for AMD Zen makes gcc avoid chains of fused multiply-adds, which halves the speed of the products here.
-FLAGS = (
-    "-O3", "-march=native", "-mtune=generic", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp-simd",
-    "-fno-math-errno", "-fno-trapping-math",
-)  # fmt: skip
-COMPILE_DEADLINE_S = 120
 ROWS, COLS, SLOTS = 4, 32, 12  # as in the C file
 PREFILL_ROWS = 128  # prompts read side by side
 ROOM = 32  # attention positions are allocated in multiples of this
@@ -70,40 +57,10 @@ class _Batch(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None where it cannot be had; says once which it is."""
-    if os.environ.get("NEMO_CASCADE_NATIVE", "1") == "0":
-        LOG.info("decoding in plain PyTorch (NEMO_CASCADE_NATIVE=0)")
-        return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        LOG.info("decoding in plain PyTorch: no C compiler")
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        LOG.warning("decoding in plain PyTorch: the C step could not be built: %s", error)
-        return None
-    loaded.scratch_size.restype = ctypes.c_int64
-    LOG.info("decoding with the compiled step")
+    loaded = compiled(SOURCE, "decoding")
+    if loaded is not None:
+        loaded.scratch_size.restype = ctypes.c_int64
     return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    """The shared object for this source, compiler and processor, in the user's cache; built aside and renamed."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    abilities = next((line for line in lines if line.startswith("flags")), "")
-    identity = "|".join([SOURCE.read_text(), compiler, platform.machine(), abilities, *FLAGS])
-    key = hashlib.sha256(identity.encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_cascade"
-    target = cache / f"decode_step_{key[:16]}.so"
-    if not target.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            built = Path(aside) / "step.so"
-            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_DEADLINE_S)
-            built.replace(target)
-    return target
 
 
 @dataclass
