@@ -163,6 +163,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not 0.0 < given.scale <= 1.0:
         parser.error("--scale must be above 0 and at most 1")
+    if len(given.factors) > 1 and given.tune_seed in given.seeds:
+        parser.error(f"--tune-seed {given.tune_seed} is one of --seeds: what chose the rates is not measured")
     if min(given.factors) <= 0.0:
         parser.error("--factors must be above 0")
     return given

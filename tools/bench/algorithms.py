@@ -149,6 +149,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not 0.0 < given.scale <= 1.0:
         parser.error("--scale must be above 0 and at most 1")
+    if given.tune_seed in given.seeds:
+        parser.error(f"--tune-seed {given.tune_seed} is one of --seeds: what chose the rates is not measured")
     return given
 
 
@@ -167,10 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.figure is not None:
         given.figure.write_text(figure(seeds), encoding="utf-8")
     if given.write:
-        PAGE.with_name(f"algorithms_compared_{given.regression}.svg").write_text(figure(seeds), encoding="utf-8")
+        picture = f"algorithms_compared_{given.regression}.svg"
+        PAGE.with_name(picture).write_text(figure(seeds), encoding="utf-8")
         named = " ".join(map(str, given.seeds))
         command = f"python -m tools.bench.algorithms --regression {given.regression} --seeds {named} --write"
-        replace_part(given.regression, f"Printed by `{command}`:\n\n{text}", PAGE)
+        shown = f"![The worst domain's share of its teacher's score]({picture})"
+        replace_part(given.regression, f"Printed by `{command}`:\n\n{text}\n\n{shown}", PAGE)
     return 0
 
 

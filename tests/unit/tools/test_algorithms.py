@@ -64,6 +64,12 @@ def test_the_ratios_and_their_medians() -> None:
     assert figure(seeds).count("<polyline") == 3 * 3 * 2
 
 
+def test_seeds_that_chose_the_rates_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--seeds", "11", "12", "--tune-seed", "12"])
+    assert "--tune-seed 12 is one of --seeds" in capsys.readouterr().err
+
+
 def test_both_algorithms_are_evaluated_at_the_same_steps() -> None:
     assert checkpoints(60, "report") == [*range(2, 41, 2), 44, 48, 52, 56]
     assert checkpoints(180, "report")[: len(checkpoints(60, "report"))] == checkpoints(60, "report")
@@ -72,22 +78,30 @@ def test_both_algorithms_are_evaluated_at_the_same_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_measurement_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage by the real runner; a second call reads what is there."""
-    words = ["--seeds", "1", "--tune-seed", "1", "--rates", "4e-4", "--scale", "0.02", "--hardware", "cpu1"]
-    command = [*words, "--out", str(tmp_path), "--json", "--figure", str(tmp_path / "curves.svg")]
+    words = ["--seeds", "2", "--tune-seed", "1", "--rates", "4e-4", "--scale", "0.02", "--hardware", "cpu1"]
+    command = [
+        *words,
+        "--regression",
+        "cascade",
+        "--out",
+        str(tmp_path),
+        "--json",
+        "--figure",
+        str(tmp_path / "curves.svg"),
+    ]
     assert main(command) == 0
     first = capsys.readouterr()
     found = json.loads(first.out)
     assert len(found["mopd_steps_vs_grpo"]["per_seed"]) == 1
     (seed,) = found["seeds"]
-    assert (
-        set(seed["start"]) == {"instruction_following", "mcqa", "tool_use", "structured_output"} == set(seed["taught"])
-    )
+    assert set(seed["start"]) == {"math", "preference"} == set(seed["taught"])
     assert [point["rollouts"] for point in seed["mopd"]["curve"]] == [128]
     assert [point["rollouts"] for point in seed["grpo"]["curve"]] == [128, 256]
     assert 128 * 5 < seed["grpo"]["curve"][0]["sampled"] < 128 * 48
-    assert first.err.count(": finished in ") == 9  # 5 up to the start, 2, and these 2 measured on the other split
+    assert first.err.count(": finished in ") == 12  # on each seed 4 stages up to the start, and 2
     assert (tmp_path / "curves.svg").read_text().count("<polyline") == 6
     assert main(command) == 0
     again = capsys.readouterr()
