@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-import random
 import sys
 import warnings
 from collections.abc import Callable
@@ -95,16 +93,9 @@ def agreement(_: Machine, repeats: int) -> Numbers:
 
 def packing(_: Machine, repeats: int) -> Numbers:
     """No timing: the share of the tokens of all rows that is filled."""
-    return {"packing_fill": packing_fill()}
+    from tools.bench.packing_fill import fill
 
-
-def packing_fill(sequences: int = 2000, row_tokens: int = 32_768) -> float:
-    """Tokens over room, of first-fit-decreasing rows of a heavy-tailed set: log-normal, median 1,500, mean 2,500."""
-    from nemo_cascade.data.packing import first_fit_decreasing
-
-    rng = random.Random(1)
-    lengths = [min(row_tokens, max(16, round(rng.lognormvariate(math.log(1500), 1.0)))) for _ in range(sequences)]
-    return sum(lengths) / (len(first_fit_decreasing(lengths, row_tokens)) * row_tokens)
+    return {"packing_fill": fill()}
 
 
 def on_gpu(machine: Machine, repeats: int) -> Numbers:

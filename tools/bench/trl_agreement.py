@@ -12,8 +12,8 @@ is written like equation 1, so with it the values are compared too. By default T
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,20 +89,9 @@ class Rollouts:
         return given
 
 
-def _of_newer_options() -> Iterator[Formula]:
-    """Formulas that need clipping or a constant denominator, where this LossConfig has them."""
-    options = {option.name for option in fields(LossConfig)}
-    if {"clip_low", "clip_high"} <= options:
-        for kind, normalize in (("dapo", "batch_tokens"), ("grpo", "sequence")):
-            clipped = LossConfig(**{"normalize": normalize, "clip_low": CLIP, "clip_high": CLIP})
-            yield Formula(f"{kind} off-policy, clipped", {"loss_type": kind, "epsilon": CLIP}, clipped, True, True)
-    if "constant" in options:
-        rows, completion = Rollouts.rows, Prompts.max_new_tokens
-        constant = LossConfig(**{"normalize": "constant", "constant": float(rows * completion)})
-        yield Formula("dr_grpo, a constant", {"loss_type": "dr_grpo"}, constant)
-
-
 TOKENS, SEQUENCES = LossConfig(normalize="batch_tokens"), LossConfig(normalize="sequence")
+CLIPPED = LossConfig(clip_low=CLIP, clip_high=CLIP)
+CONSTANT = float(Rollouts.rows * Prompts.max_new_tokens)  # TRL: rows times the longest answer
 K3 = {"beta": KL, "use_bias_correction_kl": False}  # TRL's default multiplies k3 by the ratio; K1 is that
 K1 = {"beta": KL, "use_bias_correction_kl": True}
 CISPO = {"loss_type": "cispo", "epsilon_high": 5.0}
@@ -116,7 +105,10 @@ FORMULAS = (
     Formula("dapo with k3 times ratio, ours k1", {"loss_type": "dapo"} | K1, LossConfig(kl=KL, kl_type="k1")),
     Formula("cispo off-policy, ours tis", {"loss_type": "cispo", "epsilon_high": HIGH},
             LossConfig(importance="tis", importance_low=1e-6, importance_high=HIGH), off_policy=True, values=True),
-    *_of_newer_options(),
+    Formula("dapo off-policy, clipped", {"loss_type": "dapo", "epsilon": CLIP}, CLIPPED, True, True),
+    Formula("grpo off-policy, clipped", {"loss_type": "grpo", "epsilon": CLIP},
+            replace(CLIPPED, normalize="sequence"), True, True),
+    Formula("dr_grpo, a constant", {"loss_type": "dr_grpo"}, LossConfig(normalize="constant", constant=CONSTANT)),
 )  # fmt: skip
 
 

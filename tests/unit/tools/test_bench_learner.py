@@ -102,10 +102,6 @@ def test_targets_are_shown_as_reached_or_missed():
     assert learner.line("loss_difference_vs_trl", 1e-6).endswith("at most 1e-05: reached")
 
 
-def test_rows_are_filled():
-    assert learner.packing_fill() >= 0.95
-
-
 @pytest.mark.slow
 def test_both_sides_of_the_training_step_compute_the_same_loss():
     """One round of the real thing: the same first loss, and ratios that follow from the tokens per second."""
