@@ -226,6 +226,19 @@ def audit(options: argparse.Namespace) -> int:
     return FAILURE if any(row.misses for row in audits) else 0
 
 
+def _add_serve(sub: argparse.ArgumentParser) -> None:
+    from nemo_cascade.cascade.serving import add_arguments
+
+    add_arguments(sub)
+
+
+def serve_domain(options: argparse.Namespace) -> int:
+    """A domain as a NeMo-Gym resources server."""
+    from nemo_cascade.cascade import serving
+
+    return serving.serve_domain(options)
+
+
 def _weights() -> ModuleType:
     """What needs torch, by module name, so that nothing here depends on it."""
     return importlib.import_module("nemo_cascade.evaluation.checkpoint")
@@ -368,6 +381,7 @@ def _print_answer(message: Any) -> None:
         print(f"[calls] {call.name}({json.dumps(dict(call.arguments))})")
 
 
+SERVE_EXAMPLE = "nemo-cascade serve-domain mcqa --write-rows rows.jsonl --count 8"
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, str, str]] = {
     "check": (_add_check, check, "Read and check a cascade.", "nemo-cascade check nano seed=3"),
     "plan": (_cascade, plan, "Tokens, hours and memory per stage.", "nemo-cascade plan nemotron_cascade_2"),
@@ -378,6 +392,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "convert": (_add_convert, convert, "Convert a checkpoint.", "nemo-cascade convert hf:nano nano.nemo"),
     "parity": (_add_parity, parity, "Compare two checkpoints layer by layer.", "nemo-cascade parity hf:nano hf:nano"),
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
+    "serve-domain": (_add_serve, serve_domain, "Serve a domain to NeMo-Gym.", SERVE_EXAMPLE),
     "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
 }
 FIRST = {"report": "first: nemo-cascade run nano --until if_rl"}

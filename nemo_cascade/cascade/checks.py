@@ -182,8 +182,8 @@ def _check_domain(name: str, where: str) -> None:
     imported.
     """
     if ":" not in name:
-        if name not in domains.available():
-            raise UserError(f"{where}: no domain {name!r}{nearest(name, domains.available())}")
+        if name not in domains.known():
+            raise UserError(f"{where}: no domain {name!r}{nearest(name, domains.known())}")
         return
     if outside_file(name) is None:
         raise UserError(f"{where}: {name!r} cannot be found; write package.module:Class or path/to/file.py:Class")

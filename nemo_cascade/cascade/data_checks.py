@@ -27,7 +27,7 @@ def check_evaluation_tables(loaded: Loaded) -> None:
     line), so any domain counts that some stage measures or that comes with the package.
     """
     measured = [domain for stage in loaded.stages.values() for domain in _evaluation(stage).domains]
-    anywhere = list(dict.fromkeys([*loaded.cascade.evaluation.domains, *measured, *domains.available()]))
+    anywhere = list(dict.fromkeys([*loaded.cascade.evaluation.domains, *measured, *domains.known()]))
     _check_evaluation(loaded.cascade.evaluation, anywhere, show(loaded.path))
     for name, stage in loaded.stages.items():
         _check_evaluation(_evaluation(stage), anywhere, show(loaded.files[name]))

@@ -48,15 +48,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Json]]]:
     place = Path(path)
     if not place.is_file():
         raise UserError(f"{path}: no such file")
-    with place.open(encoding="utf-8") as lines:
+    with place.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+                raise UserError(f"{where}: JSON that cannot be read: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
             yield where, row
@@ -90,16 +94,19 @@ def loose_json(value: Json, key: str, row_id: str) -> Json:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise UserError(f"{row_id}: field {key!r} is text but not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{row_id}: field {key!r} is JSON that cannot be read: {error}") from error
 
 
 def input_messages(row: Mapping[str, Json], row_id: str) -> tuple[Message, ...]:
-    """The prompt: `responses_create_params.input`, else `prompt` as one user turn."""
+    """The prompt: `responses_create_params.input` (messages, or the text of one user turn), else `prompt`."""
     params = row.get("responses_create_params")
     if params is None and isinstance(row.get("prompt"), str):
         return (Message("user", field(row, "prompt", str, row_id)),)
-    items = field(
-        field(row, "responses_create_params", dict, row_id), "input", list, f"{row_id} responses_create_params"
-    )
+    given = field(row, "responses_create_params", dict, row_id)
+    if isinstance(given.get("input"), str) and given["input"]:
+        return (Message("user", given["input"]),)
+    items = field(given, "input", list, f"{row_id} responses_create_params")
     if not items:
         raise UserError(f"{row_id}: field 'responses_create_params.input' is empty")
     return tuple(_message(item, f"{row_id} input[{index}]") for index, item in enumerate(items))
@@ -116,7 +123,7 @@ def _message(item: Json, where: str) -> Message:
     if item.get("type") == "function_call_output":
         return Message("tool", content_text(item.get("output"), where))
     role = item.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: field 'role' is {role!r}; known: {', '.join(ROLES)}")
     return Message(ROLES[role], content_text(item.get("content"), where))
 
@@ -126,7 +133,10 @@ def content_text(content: Json, where: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(field(part, "text", str, where) for part in content if isinstance(part, dict))
+        odd = next((part for part in content if not isinstance(part, dict)), None)
+        if odd is not None or None in content:
+            raise UserError(f"{where}: field 'content' holds a part that is no object but {type(odd).__name__}")
+        return "".join(field(part, "text", str, where) for part in content)
     raise UserError(f"{where}: field 'content' must be text or a list of text parts, this is {type(content).__name__}")
 
 
@@ -134,11 +144,15 @@ def input_tools(row: Mapping[str, Json], row_id: str) -> tuple[Tool, ...]:
     """The tools of the prompt, in the Responses form or nested below `function`."""
     params = row.get("responses_create_params")
     entries = params.get("tools") or [] if isinstance(params, dict) else []
+    if not isinstance(entries, list):
+        raise UserError(f"{row_id}: field 'tools' must be a list, this is {type(entries).__name__}")
     tools = []
     for index, entry in enumerate(entries):
         where = f"{row_id} tools[{index}]"
         if not isinstance(entry, dict):
             raise UserError(f"{where}: a tool must be an object, this is {type(entry).__name__}")
         body = entry.get("function") if isinstance(entry.get("function"), dict) else entry
-        tools.append(Tool(field(body, "name", str, where), body.get("description") or "", body.get("parameters") or {}))
+        optional = {"description": body.get("description") or "", "parameters": body.get("parameters") or {}}
+        described = field(optional, "description", str, where)
+        tools.append(Tool(field(body, "name", str, where), described, field(optional, "parameters", dict, where)))
     return tuple(tools)

@@ -158,8 +158,17 @@ def unanswered(transcript: Transcript) -> Scored | None:
     return None
 
 
+BRIDGES = ("nemo_gym",)
+"""Built-in domains that are no skill of their own but the way to somebody else's."""
+
+
 def available() -> list[str]:
-    """Names of the built-in domains, sorted."""
+    """Names of the built-in skills, sorted."""
+    return [name for name in known() if name not in BRIDGES]
+
+
+def known() -> list[str]:
+    """Names that a stage file may use without a path: the skills and the bridges, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
@@ -170,10 +179,8 @@ def load(name: str, services: Services | None = None, options: Mapping[str, Json
     """
     if ":" in name:
         return _outside(name)(services, options)
-    if name not in available():
-        raise UserError(
-            f"domain {name!r}: no such domain{_nearest(name, available())}; known: {', '.join(available())}"
-        )
+    if name not in known():
+        raise UserError(f"domain {name!r}: no such domain{_nearest(name, known())}; known: {', '.join(known())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return module.DOMAIN(services, options)
 

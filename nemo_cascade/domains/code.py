@@ -1,5 +1,7 @@
 """Programs that must pass hidden tests: reward 1 when every test passes, else 0; the first failing test ends the run.
 
+Python, and C and C++ where rows or the option `language` ask for it and a compiler is installed.
+
 Three kinds of rows. Calls: a function's return values are compared outside the sandbox (nano tasks, LiveCodeBench's
 `fn_name`). Programs: standard output is compared token by token (released rows). Assertions: the row brings a test
 program (HumanEval). An exit status never decides: a program that leaves early has returned nothing, which is not the
@@ -18,10 +20,12 @@ from typing import ClassVar
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.reward.compiled import ALIASES, LANGUAGES, NoCompiler, NotCompiled, run_compiled
 from nemo_cascade.reward.sandbox import CallResult, Limits, RunResult
 from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
 FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+KNOWN = ("python", *LANGUAGES)
 HIDDEN_INPUTS = (0, 1, 9, 25, 40)
 CONSTANTS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 6)}
 REMEMBERED = 4096  # verdicts kept per process: rollouts of a group often agree, and evaluation repeats them
@@ -58,6 +62,7 @@ class Code(SingleTurn):
         "memory_mb": 1024,
         "max_tests": 50,
         "compare": "tokens",  # "lines": also the layout counts, as in NeMo-Gym
+        "language": "python",  # of rows that name none; cpp and c where a compiler is installed
     }
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
@@ -66,6 +71,9 @@ class Code(SingleTurn):
         self.limits = Limits(seconds, max(30.0, 3 * seconds), int(self.options["memory_mb"]), output_bytes=1 << 22)
         if self.options["compare"] not in ("tokens", "lines"):
             raise UserError(f"data.options.code.compare: {self.options['compare']!r}; choose tokens or lines")
+        if self.options["language"] not in KNOWN:
+            known = ", ".join(KNOWN)
+            raise UserError(f"data.options.code.language: {self.options['language']!r}; choose one of {known}")
         self._verdicts: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
@@ -117,9 +125,19 @@ class Code(SingleTurn):
         inputs, outputs = (rows.field(tests, key, list, f"{row_id} unit_tests") for key in ("inputs", "outputs"))
         if not inputs or len(inputs) != len(outputs):
             raise UserError(f"{row_id}: unit_tests has {len(inputs)} inputs but {len(outputs)} outputs")
-        name = tests.get("fn_name")
-        truth = {"inputs": inputs, "outputs": outputs, **({"fn_name": name} if name else {})}
+        name, language = tests.get("fn_name"), self._language(row, row_id)
+        if name and language != "python":
+            raise UserError(f"{row_id}: field 'fn_name' needs language python, the row's is {language!r}")
+        truth = {"inputs": inputs, "outputs": outputs, "language": language, **({"fn_name": name} if name else {})}
         return Task(str(row.get("hash_id", row_id)), self.name, rows.input_messages(row, row_id), (), True, truth)
+
+    def _language(self, row: Mapping[str, Json], row_id: str) -> str:
+        """The row's `language`, else the option's; UserError for one that nobody here runs."""
+        given = str(rows.verifier_field(row, "language") or self.options["language"]).lower()
+        language = ALIASES.get(given, given)
+        if language not in KNOWN:
+            raise UserError(f"{row_id}: field 'language' is {given!r}; known: {', '.join(KNOWN)}")
+        return language
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
         """1 when all tests pass. Wall-clock expiry is Invalid: a busy machine is not the program's fault."""
@@ -139,7 +157,8 @@ class Code(SingleTurn):
         return outcome
 
     def _run(self, task: Task, source: str) -> Outcome:
-        problem = _broken(source)
+        language = str(task.truth.get("language") or "python")
+        problem = _broken(source, language)
         if problem:
             return Scored(0.0, reason=problem)
         if "test" in task.truth:
@@ -165,7 +184,16 @@ class Code(SingleTurn):
         def differs(index: int, result: RunResult) -> bool:
             return result.status != "ok" or shape(result.stdout) != shape(str(outputs[index]))
 
-        results = self.services.code_sandbox().run_programs(source, [str(x) for x in inputs], self.limits, differs)
+        sandbox, stdins = self.services.code_sandbox(), [str(x) for x in inputs]
+        if language == "python":
+            results = sandbox.run_programs(source, stdins, self.limits, differs)
+        else:
+            try:
+                results = run_compiled(sandbox, LANGUAGES[language], source, stdins, self.limits, differs)
+            except NotCompiled as error:
+                return Scored(0.0, reason=f"not compiled: {error}")
+            except NoCompiler as error:
+                return Invalid(str(error))
         return _verdict([(r.status, not differs(i, r)) for i, r in enumerate(results)], len(inputs))
 
     def _assertions(self, task: Task, source: str) -> Outcome:
@@ -193,12 +221,14 @@ def extract_code(content: str) -> str:
     return "" if "```" in content else content.strip()
 
 
-def _broken(source: str) -> str:
-    """Why the source cannot run at all, found without starting a sandbox; compiling executes nothing."""
+def _broken(source: str, language: str) -> str:
+    """Why the source cannot run at all, found without starting a sandbox; compiling Python executes nothing."""
     if not source:
         return "no code"
     if len(source) > 1 << 16:
         return "over 64 KiB of code"
+    if language != "python":
+        return ""
     try:
         compile(source, "solution.py", "exec", dont_inherit=True)
     except SyntaxError as error:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import ClassVar
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import ANIMALS, THINGS
-from nemo_cascade.domains import SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
 from nemo_cascade.reward import instructions
 from nemo_cascade.types import Case, Json, Message, Outcome, Split, Task, Transcript, UserError
 
@@ -24,6 +25,7 @@ EXISTENCE = "keywords:existence"
 FORBIDDEN = "keywords:forbidden_words"
 END = "startend:end_checker"
 GRADING = ("binary", "fraction")
+CHECKING = ("strict", "loose")
 
 
 def _make(rng: random.Random) -> Task:
@@ -65,6 +67,15 @@ class InstructionFollowing(SingleTurn):
     """IF-RL of the released data, and its nano form."""
 
     name = "instruction_following"
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {"checking": "strict"}  # "loose" forgives preamble, closing and asterisks
+
+    def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
+        super().__init__(services, options)
+        if self.options["checking"] not in CHECKING:
+            known = " or ".join(CHECKING)
+            raise UserError(
+                f"data.options.instruction_following.checking: {self.options['checking']!r}; choose {known}"
+            )
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Prompts such as `Write 4 words in capitals. Use frog, not hat. End with !`."""
@@ -109,6 +120,11 @@ class InstructionFollowing(SingleTurn):
             instructions.require_supported([key for key, _ in checks])
         except instructions.Unsupported as error:
             raise UserError(f"{row_id}: field 'instruction_id_list': {error}") from error
+        try:
+            for key, arguments in checks:
+                instructions.check(key, arguments, "", "any answer shows whether the arguments are there")
+        except instructions.Unsupported as error:
+            raise UserError(f"{row_id}: field 'kwargs': {error}") from error
         mode = row.get("grading_mode") or "binary"
         if mode not in GRADING:
             raise UserError(f"{row_id}: field 'grading_mode' is {mode!r}; known: {', '.join(GRADING)}")
@@ -122,7 +138,9 @@ class InstructionFollowing(SingleTurn):
         truth = task.truth
         prompt = task.messages[-1].content
         mode = "fraction" if truth["grading_mode"] == "fraction" else "binary"
-        return instructions.grade(truth["instruction_id_list"], truth["kwargs"], prompt, transcript.final.content, mode)
+        loose = self.options["checking"] == "loose"
+        answer = transcript.final.content
+        return instructions.grade(truth["instruction_id_list"], truth["kwargs"], prompt, answer, mode, loose)
 
     def cases(self) -> list[Case]:
         """A prompt with all constraint kinds, answered rightly, wrongly and by cheating."""

@@ -1,6 +1,8 @@
 """Long context: find one fact among many and answer with it alone (section 5.5; reward 1 or 0).
 
 Nano: people and their keys between filler sentences; `keys` and `filler` set the length. Their answers must be exact.
+Option `task` draws others of any length (`words`): `needle`, `multi_key`, `variables`, `common_words`; of the last two
+the answer is a set of names, all of them and no other.
 Released rows carry a `question` and an `expected_answer`; option `grading` says who compares: `judge` (section 4.6, a
 model named by `equivalence_judge`) or `exact` (the last box or the whole answer, without case and final dot).
 """
@@ -11,13 +13,14 @@ import random
 import re
 from collections.abc import Mapping
 
-from nemo_cascade.data import rows, splits
+from nemo_cascade.data import haystack, rows, splits
 from nemo_cascade.data.nano_words import FACTS, NAMES
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
 from nemo_cascade.reward.judge import grade_equivalence
 from nemo_cascade.reward.math_equal import extract_boxed
 from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
+MOST_WORDS = 1_000_000
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 
@@ -54,7 +57,14 @@ class LongContext(SingleTurn):
     """Questions over long inputs, and their nano form."""
 
     name = "long_context"
-    DEFAULTS: Mapping[str, Json] = {"keys": 4, "filler": 2, "phrase": "key", "grading": "judge"}
+    DEFAULTS: Mapping[str, Json] = {
+        "keys": 4,
+        "filler": 2,
+        "phrase": "key",
+        "grading": "judge",
+        "task": "keys",
+        "words": 1000,  # of the text, for tasks but `keys`
+    }
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
@@ -65,17 +75,27 @@ class LongContext(SingleTurn):
         if self.options["phrase"] not in PHRASES:
             known = ", ".join(PHRASES)
             raise UserError(f"data.options.long_context.phrase: {self.options['phrase']!r} is not one of {known}")
+        if self.options["task"] not in ("keys", *haystack.KINDS):
+            known = ", ".join(("keys", *haystack.KINDS))
+            raise UserError(f"data.options.long_context.task: {self.options['task']!r} is not one of {known}")
+        if not 1 <= int(self.options["words"]) <= MOST_WORDS:
+            raise UserError(f"data.options.long_context.words: {self.options['words']!r}; choose 1 to {MOST_WORDS}")
         if self.options["grading"] not in ("judge", "exact"):
             raise UserError(f"data.options.long_context.grading: {self.options['grading']!r}; choose judge or exact")
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Prompts such as `Fay's key is 54. The star is red. Ann's key is 37. What is Ann's key?`."""
+        if self.options["task"] != "keys":
+            kind, words = haystack.KINDS[str(self.options["task"])], int(self.options["words"])
+            return splits.draw(lambda rng: _found_in(kind(rng, words)), content_of, split, count, seed)
         keys, filler = int(self.options["keys"]), int(self.options["filler"])
         phrase = str(self.options["phrase"])
         return splits.draw(lambda rng: _make(rng, keys, filler, phrase), content_of, split, count, seed)
 
     def demonstrate(self, task: Task, seed: int, flaw_rate: float = 0.0) -> tuple[Message, ...]:
         """The sentence found, then the bare number. Faults: somebody else's key, a boxed number, a chat sentence."""
+        if "near" in task.truth:
+            return _searched(task, random.Random(f"{task.id}/{seed}"), flaw_rate)
         if "values" not in task.truth:
             raise UserError(f"task {task.id}: only generated long_context tasks have demonstrations")
         rng = random.Random(f"{task.id}/{seed}")
@@ -120,6 +140,9 @@ class LongContext(SingleTurn):
         if task.truth["grading"] == "loose":
             answer, expected = _boxed(answer).casefold().strip(" ."), expected.casefold().strip(" .")
         right = answer == expected
+        if task.truth["grading"] == "set":
+            given, wanted = _names(answer), _names(expected)
+            right = set(given) == set(wanted) and len(given) == len(wanted)
         return Scored(float(right), reason="found" if right else f"wanted {expected[:40]!r}")
 
     def cases(self) -> list[Case]:
@@ -141,6 +164,30 @@ class LongContext(SingleTurn):
             case("", 0.0, "the answer only inside the reasoning", hack=True, reasoning="37"),
             Case(task, Transcript((Message("assistant", "37"),), truncated=True), 0.0, "truncated", hack=True),
         ]
+
+
+def _found_in(found: haystack.Haystack) -> Task:
+    truth: dict[str, Json] = {
+        "question": found.question,
+        "expected_answer": found.answer,
+        "grading": "set" if found.many else "exact",
+        "near": list(found.near),
+        "clue": found.clue,
+    }
+    return make_task(LongContext.name, f"{found.text}\n\n{found.question}", truth)
+
+
+def _searched(task: Task, rng: random.Random, flaw_rate: float) -> tuple[Message, ...]:
+    """What the answer rests on, then the answer; a flawed one missed something, or chats around it."""
+    content = str(task.truth["expected_answer"])
+    if rng.random() < flaw_rate:
+        content = rng.choice([*task.truth["near"], f"Hello. It is {content}. Bye."])
+    return (Message("assistant", content, str(task.truth["clue"]) if task.thinking else ""),)
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas or white space."""
+    return [name for name in re.split(r"[,\s]+", text.strip(" .").casefold()) if name]
 
 
 def _boxed(text: str) -> str:

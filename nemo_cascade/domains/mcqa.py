@@ -74,11 +74,13 @@ class McQA(SingleTurn):
         )
         metadata = rows.verifier_field(row, "template_metadata")
         pattern = metadata.get("output_regex") if isinstance(metadata, dict) else None
+        if pattern is not None:
+            pattern = rows.field({"output_regex": pattern}, "output_regex", str, f"{row_id} template_metadata")
         mode = row.get("grading_mode") or mcqa.MODES[0]
         try:
             letters = mcqa.truth_options(given)
             if pattern is not None:
-                mcqa.checked_regex(str(pattern))
+                mcqa.checked_regex(pattern)
         except UserError as error:
             raise UserError(f"{row_id}: {error}") from error
         if answer.strip().upper() not in letters:

@@ -1,4 +1,6 @@
-"""Structured output: the whole answer is one JSON value that fits the strict schema (section 5.3; reward 1 or 0).
+"""Structured output: the whole answer is one document that fits the strict schema (section 5.3; reward 1 or 0).
+
+JSON, YAML, XML, TOML or CSV as `schema_type` says, or the arguments of the one call of the row's tool.
 
 Nano: pick named fields out of a sentence. The released reward checks no values; the nano schemas pin them with `const`,
 so that a well-formed invention earns nothing.
@@ -17,6 +19,7 @@ from nemo_cascade.reward import schema
 from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
 KEYS = ("name", "age", "city", "color")
+RESPONSE_MODES = ("text", "tool_call")
 
 
 def _make(rng: random.Random) -> Task:
@@ -79,12 +82,18 @@ class StructuredOutput(SingleTurn):
         except UserError as error:
             raise UserError(f"{row_id}: field 'schema_str': {error}") from error
         kind = str(rows.verifier_field(row, "schema_type") or "json").lower()
-        if kind != "json":
-            raise UserError(f"{row_id}: field 'schema_type' is {kind!r}; only json can be graded, drop the row")
+        if kind not in schema.KINDS:
+            raise UserError(f"{row_id}: field 'schema_type' is {kind!r}; known: {', '.join(schema.KINDS)}")
+        mode = rows.verifier_field(row, "response_mode") or "text"
+        if mode not in RESPONSE_MODES:
+            raise UserError(f"{row_id}: field 'response_mode' is {mode!r}; known: {', '.join(RESPONSE_MODES)}")
         truth: dict[str, Json] = {"schema_str": text, "schema_type": kind}
-        if rows.verifier_field(row, "response_mode") == "tool_call":
-            truth["tool_name"] = rows.field(row, "tool_name", str, row_id)
-            truth["tool_payload_key"] = rows.verifier_field(row, "tool_payload_key")
+        if mode == "tool_call":
+            named = {key: rows.verifier_field(row, key) for key in ("tool_name", "tool_payload_key")}
+            truth["tool_name"] = rows.field(named, "tool_name", str, row_id)
+            if named["tool_payload_key"] is not None:
+                rows.field(named, "tool_payload_key", str, row_id)
+            truth["tool_payload_key"] = named["tool_payload_key"]
         return make_task(self.name, rows.input_messages(row, row_id), truth, rows.input_tools(row, row_id))
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
@@ -97,7 +106,8 @@ class StructuredOutput(SingleTurn):
         failed = unanswered(transcript)
         if failed is not None:
             return failed
-        return schema.grade(str(task.truth["schema_str"]), transcript.final.content)
+        kind = str(task.truth.get("schema_type") or "json")
+        return schema.grade(str(task.truth["schema_str"]), transcript.final.content, kind)
 
     def cases(self) -> list[Case]:
         """One person, answered rightly, wrongly and by cheating."""

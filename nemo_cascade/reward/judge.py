@@ -43,7 +43,7 @@ class Judge:
         base = url.rstrip("/").removesuffix("/v1")
         self._endpoint, self._model = f"{base}/v1/chat/completions", model
         self.timeout_s, self._retries = timeout_s, retries
-        self._health = _Health(timeout_s)
+        self._health = Health(timeout_s)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.Client(headers=headers, limits=limits, trust_env=False)
@@ -123,7 +123,7 @@ class Judge:
         return _THINKING.sub("", _content(text)).strip()
 
 
-class _Health:
+class Health:
     """Whether a judge still answers, from what all threads saw of it."""
 
     def __init__(self, patience_s: float) -> None:

@@ -115,10 +115,13 @@ def grade(
 
 def truth_options(value: Json) -> dict[str, str]:
     """`options` as a row's JSON holds them."""
-    if isinstance(value, dict):
-        return option_texts({str(letter): str(text) for letter, text in value.items()})
-    if isinstance(value, list):
-        return option_texts(
-            [{str(key): str(text) for key, text in option.items()} for option in value if isinstance(option, dict)]
-        )
+    given = [value] if isinstance(value, dict) else value
+    if isinstance(given, list) and all(isinstance(option, dict) for option in given):
+        pairs = [(str(letter), text) for option in given for letter, text in option.items()]
+        odd = next((text for _, text in pairs if isinstance(text, bool) or not isinstance(text, (str, int, float))), "")
+        if odd != "":
+            raise UserError(f"options must be texts, got {type(odd).__name__}; fix or drop the row")
+        if len({letter.strip().upper() for letter, _ in pairs}) != len(pairs):
+            raise UserError("options name a letter twice; fix or drop the row")
+        return option_texts([{letter: str(text)} for letter, text in pairs])
     raise UserError(f"options must be a list of {{letter: text}}, got {type(value).__name__}; fix or drop the row")

@@ -1,8 +1,8 @@
-"""Structured output: is the whole answer JSON that satisfies the schema, made strict?
+"""Structured output: is the whole answer one document of its kind that satisfies the schema, made strict?
 
 Strict as in the released environment: every property required, no additional ones. Values are checked against the
-schema, not against the document. Nothing around the JSON is accepted, not even a code fence: the recorded rewards
-give 0 to fenced answers.
+schema, not against the text it was taken from. Nothing around the document is accepted, not even a code fence: the
+recorded rewards give 0 to fenced answers. JSON is read here, the other kinds in `documents`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from collections.abc import Mapping
 
 import jsonschema_rs
 
+from nemo_cascade.reward.documents import PARSERS, fitted, parse_document
 from nemo_cascade.types import Json, Scored, UserError
 
 MAX_CHARS = 1_000_000
+KINDS = ("json", *PARSERS)
+"""What `schema_type` may name."""
 
 
 class NotStrictJson(ValueError):
@@ -67,14 +70,15 @@ def _strict_part(name: str, part: Json) -> Json:
 
 
 @functools.lru_cache(maxsize=2048)
-def _validator(schema_text: str) -> jsonschema_rs.Validator:
+def _validator(schema_text: str) -> tuple[Json, jsonschema_rs.Validator]:
     try:
         schema = json.loads(schema_text)
     except ValueError as error:
         raise UserError(f"schema_str is not JSON ({error}); fix or drop the row") from error
     if not isinstance(schema, dict):
         raise UserError(f"schema_str must hold an object, got {type(schema).__name__}; fix or drop the row")
-    return _compile(strictify(schema))
+    strict = strictify(schema)
+    return strict, _compile(strict)
 
 
 def _compile(schema: Json) -> jsonschema_rs.Validator:
@@ -97,14 +101,19 @@ def complies(schema: Mapping[str, Json], value: Json) -> bool:
     return _compile(dict(schema)).is_valid(value)
 
 
-def grade(schema_text: str, text: str) -> Scored:
-    """Reward 1 when `text`, the answer without reasoning, is strict JSON that satisfies the strict schema; else 0."""
-    validator = _validator(schema_text)
+def grade(schema_text: str, text: str, kind: str = "json") -> Scored:
+    """Reward 1 when `text`, the answer without reasoning, is a document of this kind (one of `KINDS`) and satisfies the
+    strict schema; else 0.
+    """
+    strict, validator = _validator(schema_text)
     try:
-        value = parse_json(text.strip())
+        if kind == "json":
+            value = parse_json(text.strip())
+        else:
+            value = fitted(kind, parse_document(kind, text.strip()), strict)
     except ValueError as error:
-        return Scored(0.0, {"json": 0.0, "schema": 0.0}, f"not JSON: {error}")
+        return Scored(0.0, {kind: 0.0, "schema": 0.0}, f"not {kind.upper()}: {error}"[:200])
     for error in validator.iter_errors(value):
         place = "/".join(str(step) for step in error.instance_path) or "top level"
-        return Scored(0.0, {"json": 1.0, "schema": 0.0}, f"{place}: {error.message}"[:200])
-    return Scored(1.0, {"json": 1.0, "schema": 1.0}, "complies")
+        return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"{place}: {error.message}"[:200])
+    return Scored(1.0, {kind: 1.0, "schema": 1.0}, "complies")

@@ -42,7 +42,7 @@ def services() -> Iterator[Services]:
     shared.close()
 
 
-@pytest.fixture(params=domains.available())
+@pytest.fixture(params=domains.known())
 def domain(request: pytest.FixtureRequest, services: Services) -> Domain:
     return domains.load(request.param, services)
 

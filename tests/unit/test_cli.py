@@ -202,6 +202,14 @@ def test_examples_that_need_torch_work(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == (["nano.nemo"] if command == "convert" else [])
 
 
+def test_the_example_of_serve_domain_writes_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(cli.COMMANDS["serve-domain"][3].split()[1:]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert {row["agent_ref"]["name"] for row in rows} == {"mcqa_simple_agent"}
+
+
 def test_every_example_is_run():
-    tried = {"check", "plan", "run", "status", "audit", "report", *EXPECTED}
+    tried = {"check", "plan", "run", "status", "audit", "report", "serve-domain", *EXPECTED}
     assert tried == set(cli.COMMANDS)

@@ -1,9 +1,10 @@
-"""Did the answer follow its instructions? The 25 checks of IFEval and those of the IFBench training list, under
-their public ids.
+"""Did the answer follow its instructions? The 25 checks of IFEval, the open-instruct training constraints and 56 of the
+58 checks of IFBench, under their public ids.
 
-Offline and deterministic: words and sentences by regular expression, no download, no language model but py3langid
-for one id. An id or argument that is not understood raises `Unsupported`; it never counts as followed (a checker
-that passes what it does not know is a reward leak).
+Offline and deterministic: words and sentences by regular expression, no download, no language model but py3langid to
+tell languages. An id or argument that is not understood raises `Unsupported`; it never counts as followed (a checker
+that passes what it does not know is a reward leak). A rule on every sentence, bullet or line asks for at least one of
+them, or an answer without any would follow it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from nemo_cascade.reward.instructions import copying, edges, formats, keywords, lengths, style
+from nemo_cascade.reward.instructions import (
+    bench_counts,
+    bench_custom,
+    bench_formats,
+    bench_words,
+    copying,
+    edges,
+    formats,
+    keywords,
+    lengths,
+    style,
+)
 from nemo_cascade.reward.instructions.text import Arguments, Unsupported
 from nemo_cascade.types import Invalid, Json, Outcome, Scored
 
@@ -25,6 +37,10 @@ CHECKS: dict[str, Check] = {
     **edges.CHECKS,
     **copying.CHECKS,
     **style.CHECKS,
+    **bench_counts.CHECKS,
+    **bench_words.CHECKS,
+    **bench_formats.CHECKS,
+    **bench_custom.CHECKS,
 }
 
 
@@ -40,6 +56,17 @@ def check(instruction_id: str, kwargs: Mapping[str, Json] | None, prompt: str, t
     except Unsupported as error:
         raise Unsupported(f"{instruction_id}: {error}") from error
     return followed and bool(text.strip())
+
+
+def loosened(text: str) -> list[str]:
+    """IFEval's loose readings of an answer: without its first line, its last line, its asterisks, and all of these.
+
+    A preamble ("Sure, here it is:"), a closing line and markdown emphasis are then forgiven.
+    """
+    lines = text.split("\n")
+    cut = [lines, lines[1:], lines[:-1], lines[1:-1]]
+    plain = ["\n".join(part).strip() for part in cut]
+    return list(dict.fromkeys([text, *plain, *(part.replace("*", "") for part in plain)]))
 
 
 def require_supported(instruction_ids: Sequence[str]) -> None:
@@ -59,18 +86,21 @@ def grade(
     prompt: str,
     text: str,
     mode: Literal["binary", "fraction"] = "binary",
+    loose: bool = False,
 ) -> Outcome:
     """Reward of one answer: 1 if it follows all instructions (`binary`), or the share it follows (`fraction`).
 
-    `text` is the final answer without reasoning. `parts` holds each verdict under its id.
+    `text` is the final answer without reasoning. `parts` holds each verdict under its id. `loose`: an instruction
+    counts as followed when any of the `loosened` readings follows it.
     """
+    readings = loosened(text) if loose else [text]
     if not ids or len(ids) != len(kwargs):
         return Invalid(f"instructions: {len(ids)} ids and {len(kwargs)} argument sets")
     parts: dict[str, float] = {}
     followed = []
     for index, (instruction_id, arguments) in enumerate(zip(ids, kwargs, strict=True)):
         try:
-            followed.append(check(instruction_id, arguments, prompt, text))
+            followed.append(any(check(instruction_id, arguments, prompt, reading) for reading in readings))
         except Unsupported as error:
             return Invalid(str(error))
         name = instruction_id if instruction_id not in parts else f"{instruction_id}#{index}"

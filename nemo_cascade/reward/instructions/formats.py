@@ -13,7 +13,8 @@ _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 def number_placeholders(arguments: Arguments, prompt: str, text: str) -> bool:
     """At least so many placeholders in square brackets."""
-    return len(re.findall(r"\[.*?\]", text)) >= integer(arguments, "num_placeholders")
+    closed = (line[: line.rfind("]") + 1] for line in text.split("\n"))  # what has no end would be searched for ever
+    return sum(len(re.findall(r"\[.*?\]", line)) for line in closed) >= integer(arguments, "num_placeholders")
 
 
 def postscript(arguments: Arguments, prompt: str, text: str) -> bool:
@@ -25,8 +26,8 @@ def postscript(arguments: Arguments, prompt: str, text: str) -> bool:
 
 def number_bullet_lists(arguments: Arguments, prompt: str, text: str) -> bool:
     """Exactly so many markdown bullets, `*` or `-`."""
-    stars = re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == integer(arguments, "num_bullets")
 
 
@@ -61,7 +62,8 @@ def json_format(arguments: Arguments, prompt: str, text: str) -> bool:
 
 def title(arguments: Arguments, prompt: str, text: str) -> bool:
     """A title in double angular brackets."""
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
+    lines = (line[line.find("<<") : line.rfind(">>") + 2] for line in text.split("\n") if "<<" in line and ">>" in line)
+    return any(found.endswith(">>") and found.lstrip("<").rstrip(">").strip() for found in lines)
 
 
 def sentence_hyphens(arguments: Arguments, prompt: str, text: str) -> bool:

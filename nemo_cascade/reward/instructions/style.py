@@ -7,17 +7,21 @@ import importlib.util
 
 from nemo_cascade.reward.instructions.text import Arguments, Unsupported, compares, string, tokens
 
+MOST_CHARS = 20_000
 ENGLISH_SHARE = 0.9
+FEWEST_WORDS = 15  # for a language to be told; of 535 English prompts, 533 are recognised by their first 15 words
 
 
 def _looks_english(text: str) -> bool:
-    """At least 90 % of the letters are plain Latin ones.
+    """At least 90 % of the letters are plain Latin ones and, from 15 words on, py3langid takes the text for English.
 
-    IFEval asks a statistical language detector here, which is unreliable on all-capital and on short text; this rule
-    accepts unaccented text of other Latin languages, and is the same at every call.
+    IFEval asks a statistical language detector here, which is unreliable on all-capital and on short text, so capitals
+    are lowered first and short text passes by its letters alone.
     """
     letters = [char for char in text if char.isalpha()]
-    return bool(letters) and sum(char.isascii() for char in letters) >= ENGLISH_SHARE * len(letters)
+    if not letters or sum(char.isascii() for char in letters) < ENGLISH_SHARE * len(letters):
+        return False
+    return len(text.split()) < FEWEST_WORDS or _language(text.lower()) == "en"
 
 
 def english_capital(arguments: Arguments, prompt: str, text: str) -> bool:
@@ -53,9 +57,7 @@ def punctuation_exclamation(arguments: Arguments, prompt: str, text: str) -> boo
 @functools.cache
 def _identifier() -> object:
     if importlib.util.find_spec("py3langid") is None:
-        raise Unsupported(
-            "language:response_language needs py3langid, which is not installed; run `pip install py3langid`"
-        )
+        raise Unsupported("telling languages needs py3langid, which is not installed; run `pip install py3langid`")
     import py3langid
 
     return py3langid
@@ -63,9 +65,13 @@ def _identifier() -> object:
 
 def response_language(arguments: Arguments, prompt: str, text: str) -> bool:
     """The answer is in the language with this ISO 639-1 code, by py3langid's offline model."""
-    language = string(arguments, "language").strip().lower()
-    identifier = _identifier()
-    return bool(text.strip()) and identifier.classify(text)[0] == language  # type: ignore[attr-defined]
+    wanted = string(arguments, "language").strip().lower()
+    return bool(text.strip()) and _language(text) == wanted.partition("-")[0]
+
+
+def _language(text: str) -> str:
+    """The ISO 639-1 code of the language of a text's first characters."""
+    return _identifier().classify(text[:MOST_CHARS])[0]  # type: ignore[attr-defined]
 
 
 CHECKS = {

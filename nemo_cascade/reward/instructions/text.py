@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import string as string_module
 
 from nemo_cascade.types import Json, UserError
 
@@ -15,7 +17,9 @@ _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof sr jr st vs etc inc ltd co corp dept est fig no vol al "
     "e.g i.e a.m p.m u.s u.k u.n ph.d cf approx".split()
 )
+_NO_PUNCTUATION = str.maketrans("", "", string_module.punctuation)
 _DIVIDER = re.compile(r"\s?\*\*\*\s?")
+LONGEST_LOOK = 60  # characters before a dot that tell what it is
 RELATIONS = ("less than", "at least")
 
 
@@ -33,16 +37,36 @@ def tokens(text: str) -> list[str]:
     return _TOKEN.findall(text)
 
 
+def bare_words(text: str) -> list[str]:
+    """Words between white space, in lower case and without any punctuation, as IFBench splits them."""
+    return text.lower().translate(_NO_PUNCTUATION).split()
+
+
+def stripped(word: str) -> str:
+    """A word or line without the punctuation and spaces around it."""
+    return word.strip(string_module.punctuation + " ")
+
+
+def whole_word(keyword: str, text: str) -> int:
+    """How often a keyword stands in the text as a word of its own, whatever the case."""
+    return len(re.findall(rf"\b{re.escape(keyword.strip())}\b", text, re.IGNORECASE))
+
+
 def sentences(text: str) -> list[str]:
     """Stretches that end in '.', '!' or '?' before white space; abbreviations, initials and list numbers end none."""
+    return list(_sentences(text))
+
+
+@functools.lru_cache(maxsize=8)  # the checks of one answer ask for the same sentences
+def _sentences(text: str) -> tuple[str, ...]:
     found, start = [], 0
     for match in _BOUNDARY.finditer(text):
-        if match.group()[0] == "." and _is_inner_dot(text[start : match.start()]):
+        if match.group()[0] == "." and _is_inner_dot(text[max(start, match.start() - LONGEST_LOOK) : match.start()]):
             continue
         found.append(text[start : match.end()].strip())
         start = match.end()
     rest = text[start:].strip()
-    return [*found, rest] if rest else found
+    return (*found, rest) if rest else tuple(found)
 
 
 def _is_inner_dot(before: str) -> bool:
@@ -89,11 +113,13 @@ def strings(arguments: Arguments, name: str) -> list[str]:
 def integer(arguments: Arguments, name: str) -> int:
     """A required whole number; 3.0 and "3" count as 3, as released rows have them."""
     value = arguments.get(name)
-    if isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise Unsupported(f"argument {name!r} must be a whole number, got {value!r}")
-    return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise Unsupported(f"argument {name!r} must be a whole number, got {str(value)[:40]!r}")
 
 
 def compares(count: int, arguments: Arguments, bound: str, relation: str) -> bool:

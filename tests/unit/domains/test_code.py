@@ -9,6 +9,7 @@ import pytest
 
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.code import Code, apply_rule, extract_code
+from nemo_cascade.reward.compiled import LANGUAGES, Language
 from nemo_cascade.reward.sandbox import Limits
 from nemo_cascade.types import Invalid, Message, Transcript, UserError
 
@@ -97,14 +98,88 @@ def test_broken_rows_name_the_field(domain):
         Code(None, {"compare": "words"})
 
 
-def test_humaneval_reference_solutions_pass_and_stubs_fail(domain):
-    rows = [json.loads(line) for line in gzip.open(data() / "HumanEval.jsonl.gz")][:8]
-    for number, row in enumerate(rows):
-        task = domain.parse_row(row, f"rows:{number}")
+def humaneval(domain):
+    rows = [json.loads(line) for line in gzip.open(data() / "HumanEval.jsonl.gz")]
+    assert len(rows) == 164
+    return [(domain.parse_row(row, f"rows:{number}"), row) for number, row in enumerate(rows)]
+
+
+def solved(row):
+    return answer(f"```python\n{row['prompt']}{row['canonical_solution']}```")
+
+
+def broken(row):
+    """The reference solution under another name, wrapped so that it computes and then gives the wrong value away."""
+    entry = row["entry_point"]
+    wrapper = (
+        f"__right = {entry}\n"
+        f"def {entry}(*given, **named):\n"
+        "    value = __right(*given, **named)\n"
+        "    return (not value) if isinstance(value, bool) else [value]\n"
+    )
+    return answer(f"```python\n{row['prompt']}{row['canonical_solution']}\n{wrapper}```")
+
+
+def test_humaneval_reference_solutions_pass_and_broken_ones_fail(domain):
+    for task, row in humaneval(domain)[:8]:
         assert task.id == row["task_id"]
-        solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
-        assert domain.score(task, answer(solution)).reward == 1.0, task.id
-        assert domain.score(task, answer(f"```python\n{row['prompt']}    return None\n```")).reward == 0.0, task.id
+        assert domain.score(task, solved(row)).reward == 1.0, task.id
+        assert domain.score(task, broken(row)).reward == 0.0, task.id
+
+
+@pytest.mark.slow
+def test_all_of_humaneval(domain):
+    """164 reference solutions pass, 164 broken ones fail."""
+    tasks = humaneval(domain)
+    right = [domain.score(task, solved(row)) for task, row in tasks]
+    wrong = [domain.score(task, broken(row)) for task, row in tasks]
+    assert [task.id for (task, _), outcome in zip(tasks, right, strict=True) if outcome.reward != 1.0] == []
+    assert [task.id for (task, _), outcome in zip(tasks, wrong, strict=True) if outcome.reward != 0.0] == []
+
+
+CPP = """
+#include <iostream>
+int main() { long long n, sum = 0, x; std::cin >> n; while (n--) { std::cin >> x; sum += x; } std::cout << sum; }
+"""
+
+
+def cpp_task(domain, **fields):
+    unit = {"inputs": ["2\n3 4\n", "1\n9\n"], "outputs": ["7\n", "9"]}
+    prompt = {"responses_create_params": {"input": "Add the numbers of line two."}}
+    return domain.parse_row({**prompt, "unit_tests": unit, "language": "C++", **fields}, "rows:1")
+
+
+@pytest.mark.skipif(LANGUAGES["cpp"].program() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("source", "reward", "reason"),
+    [
+        (CPP, 1.0, "all 2 tests pass"),
+        (CPP.replace("sum += x", "sum = 7"), 0.0, "test 2: another result"),
+        (CPP.replace("sum = 0", "sum = zero"), 0.0, "not compiled: main.cpp:2:"),
+        ("int main() { return 3; }", 0.0, "test 1: nonzero"),
+        ("int main() { for (;;); }", 0.0, "test 1: cpu_time"),
+        ("#include <vector>\nint main() { std::vector<char> v(3000000000u, 1); return v[5] - 1; }", 0.0, "test 1: "),
+        ('#include "/proc/self/environ"\nint main() {}', 0.0, "not compiled"),
+    ],
+)
+def test_cpp_rows(services, source, reward, reason):
+    domain = Code(services, {"cpu_seconds": 1.0})
+    outcome = domain.score(cpp_task(domain), answer(f"Here:\n```cpp\n{source}\n```"))
+    assert outcome.reward == reward
+    assert outcome.reason.startswith(reason), outcome.reason
+
+
+def test_languages_of_rows_are_checked(domain, monkeypatch):
+    with pytest.raises(UserError, match="rows:1: field 'language' is 'cobol'; known: python, cpp, c"):
+        cpp_task(domain, language="cobol")
+    with pytest.raises(UserError, match=r"code\.language: 'perl'"):
+        Code(None, {"language": "perl"})
+    tests = {"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}
+    with pytest.raises(UserError, match="'fn_name' needs language python"):
+        cpp_task(domain, unit_tests=tests)
+    monkeypatch.setattr(Language, "program", lambda self: None)
+    outcome = domain.score(cpp_task(domain), answer(CPP))
+    assert isinstance(outcome, Invalid) and "install g++" in outcome.reason
 
 
 def test_line_comparison_gives_the_rewards_that_nemo_gym_recorded(services):

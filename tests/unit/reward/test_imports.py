@@ -7,8 +7,8 @@ import sys
 
 HEAVY = ("torch", "numpy", "sympy", "math_verify", "httpx", "py3langid", "transformers")
 MODULES = (
-    "genrm", "instructions", "judge", "math_equal", "math_worker", "mcqa", "repository", "sandbox", "schema",
-    "search_replace",
+    "genrm", "gym.client", "gym.service", "instructions", "judge", "math_equal", "math_worker", "mcqa", "repository",
+    "sandbox", "schema", "search_replace",
 )  # fmt: skip
 
 
