@@ -8,6 +8,7 @@ give 0 to fenced answers.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 
@@ -104,7 +105,11 @@ def grade(schema_text: str, text: str) -> Scored:
         value = parse_json(text.strip())
     except ValueError as error:
         return Scored(0.0, {"json": 0.0, "schema": 0.0}, f"not JSON: {error}")
-    for error in validator.iter_errors(value):
+    try:
+        errors = list(itertools.islice(validator.iter_errors(value), 1))
+    except (ValueError, OverflowError) as error:  # lone surrogates, nesting that Python reads and the validator does not
+        return Scored(0.0, {"json": 1.0, "schema": 0.0}, f"cannot be checked: {error}"[:200])
+    for error in errors:
         place = "/".join(str(step) for step in error.instance_path) or "top level"
         return Scored(0.0, {"json": 1.0, "schema": 0.0}, f"{place}: {error.message}"[:200])
     return Scored(1.0, {"json": 1.0, "schema": 1.0}, "complies")
