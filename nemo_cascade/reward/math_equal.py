@@ -34,7 +34,7 @@ _BIG_EXPONENT = re.compile(r"\^\s*\{?\s*[+-]?\d{5,}")
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{...}` with balanced braces, or None. Linear in the length of the text."""
+    """The content of the last complete `\\boxed{...}` with balanced braces, or None. Linear in its length."""
     closes = _closes(text) if _BOXED.search(text) else {}
     end = len(text)
     while (start := text.rfind("\\boxed", 0, end)) >= 0:

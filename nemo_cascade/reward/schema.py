@@ -107,7 +107,7 @@ def grade(schema_text: str, text: str) -> Scored:
         return Scored(0.0, {"json": 0.0, "schema": 0.0}, f"not JSON: {error}")
     try:
         errors = list(itertools.islice(validator.iter_errors(value), 1))
-    except (ValueError, OverflowError) as error:  # lone surrogates, nesting that Python reads and the validator does not
+    except (ValueError, OverflowError) as error:  # surrogates, nesting beyond the validator
         return Scored(0.0, {"json": 1.0, "schema": 0.0}, f"cannot be checked: {error}"[:200])
     for error in errors:
         place = "/".join(str(step) for step in error.instance_path) or "top level"
