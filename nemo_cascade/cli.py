@@ -214,29 +214,25 @@ def report(options: argparse.Namespace) -> int:
 
 
 def _add_audit(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("domains", nargs="*", help="domains to audit; all by default")
+    what = "built-in names, package.module:Class or file.py:Class; all built-in ones by default"
+    sub.add_argument("domains", nargs="*", metavar="DOMAIN", help=what)
+    sub.add_argument("--rows", type=Path, metavar="FILE", help="also read this .jsonl file and score its gold")
+    sub.add_argument("--quick", action="store_true", help="leave out the attacks that use up a time limit")
+    sub.add_argument("--json", action="store_true", help="everything, for programs")
 
 
 def audit(options: argparse.Namespace) -> int:
-    """Score every domain's gold, anti-gold and hack cases."""
+    """Score every domain's gold and anti-gold cases, then attack it."""
     from nemo_cascade.cascade import audit as auditing
 
-    audits = auditing.audit(options.domains)
-    print(auditing.table(audits))
-    return FAILURE if any(row.misses for row in audits) else 0
+    audits = auditing.audit(options.domains, options.rows, options.quick, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(auditing.to_json(audits), indent=1) if options.json else auditing.table(audits))
+    return FAILURE if any(row.failed for row in audits) else 0
 
 
-def _add_serve(sub: argparse.ArgumentParser) -> None:
-    from nemo_cascade.cascade.serving import add_arguments
-
-    add_arguments(sub)
-
-
-def serve_domain(options: argparse.Namespace) -> int:
-    """A domain as a NeMo-Gym resources server."""
-    from nemo_cascade.cascade import serving
-
-    return serving.serve_domain(options)
+def _serving(name: str) -> Callable[[Any], Any]:
+    """A function of cascade/serving.py, imported when it is called."""
+    return lambda given: getattr(importlib.import_module("nemo_cascade.cascade.serving"), name)(given)
 
 
 def _weights() -> ModuleType:
@@ -392,8 +388,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "convert": (_add_convert, convert, "Convert a checkpoint.", "nemo-cascade convert hf:nano nano.nemo"),
     "parity": (_add_parity, parity, "Compare two checkpoints layer by layer.", "nemo-cascade parity hf:nano hf:nano"),
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
-    "serve-domain": (_add_serve, serve_domain, "Serve a domain to NeMo-Gym.", SERVE_EXAMPLE),
-    "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
+    "serve-domain": (_serving("add_arguments"), _serving("serve_domain"), "Serve a domain to NeMo-Gym.", SERVE_EXAMPLE),
+    "audit": (_add_audit, audit, "Attack every domain's reward.", "nemo-cascade audit mcqa --quick"),
 }
 FIRST = {"report": "first: nemo-cascade run nano --until if_rl"}
 """What must have run before a command's example, as its --help says."""

@@ -8,6 +8,7 @@ recorded rewards give 0 to fenced answers. JSON is read here, the other kinds in
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 
@@ -113,7 +114,11 @@ def grade(schema_text: str, text: str, kind: str = "json") -> Scored:
             value = fitted(kind, parse_document(kind, text.strip()), strict)
     except ValueError as error:
         return Scored(0.0, {kind: 0.0, "schema": 0.0}, f"not {kind.upper()}: {error}"[:200])
-    for error in validator.iter_errors(value):
+    try:
+        errors = list(itertools.islice(validator.iter_errors(value), 1))
+    except (ValueError, OverflowError) as error:  # surrogates, nesting beyond the validator
+        return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"cannot be checked: {error}"[:200])
+    for error in errors:
         place = "/".join(str(step) for step in error.instance_path) or "top level"
         return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"{place}: {error.message}"[:200])
     return Scored(1.0, {kind: 1.0, "schema": 1.0}, "complies")
