@@ -172,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         picture = f"algorithms_compared_{given.regression}.svg"
         PAGE.with_name(picture).write_text(figure(seeds), encoding="utf-8")
         named = " ".join(map(str, given.seeds))
-        command = f"python -m tools.bench.algorithms --regression {given.regression} --seeds {named} --write"
+        where = f" --hardware {given.hardware}" if given.hardware != "cpu" else ""
+        command = f"python -m tools.bench.algorithms --regression {given.regression} --seeds {named}{where} --write"
         shown = f"![The worst domain's share of its teacher's score]({picture})"
         replace_part(given.regression, f"Printed by `{command}`:\n\n{text}\n\n{shown}", PAGE)
     return 0

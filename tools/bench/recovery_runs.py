@@ -155,7 +155,7 @@ class Measured:
     curves: Mapping[str, Curve]
 
     def ratio(self, what: str) -> float:
-        """MOPD's steps or rollouts by GRPO's; an upper bound where only GRPO is never back."""
+        """MOPD's steps or rollouts by GRPO's; a bound where one is never back: upper for GRPO, lower for MOPD."""
         return getattr(self.curves["mopd"].reached, what) / getattr(self.curves["grpo"].reached, what)
 
 
