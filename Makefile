@@ -17,6 +17,7 @@ TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -qE 'inde
 CASCADE ?= nano
 SEEDS ?= 11 12 13 14 15
 WORKERS ?= 2
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCHDYNAMO_DISABLE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help venv tools-present bwrap cascade cascade-seeds nano-base nano-judge lint test test-fast test-slow smoke clean
+.PHONY: help venv tools-present bwrap cascade cascade-seeds nano-base nano-judge lint test test-fast test-slow smoke bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -102,6 +103,17 @@ test-slow: bwrap venv  ## the tests that train for minutes
 smoke: bwrap venv  ## the whole nano cascade, two steps a stage; a second run finds everything done
 	@for file in conf/cascade/*.yaml; do $(RUN) check $$file; done
 	@$(BIN)/python -m pytest -q -s --durations=0 tests/flow/test_smoke.py $(PYTEST_ARGS)
+
+# --- peers -------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.bench: $(VENV)/.done requirements/bench.txt
+	@echo "requirements/bench.txt: TRL and what it asks for (260 MB)"
+	@$(PIP) install -qq --no-deps -r requirements/bench.txt
+	@$(PIP) check --quiet || { echo "the pinned set contradicts itself: see requirements/" >&2; exit 1; }
+	@touch $@
+
+bench: venv $(VENV)/.bench  ## training against transformers and TRL, which it installs (BENCH_ARGS: options)
+	@$(BIN)/python -m tools.bench.learner $(BENCH_ARGS)
 
 clean:  ## remove runs/ (the environment stays)
 	@rm -rf runs

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 from nemo_cascade import __version__
-from nemo_cascade.cascade import serving
 from nemo_cascade.config.load import Loaded, diff, load_cascade
 from nemo_cascade.observe.quiet import quiet_libraries
 from nemo_cascade.types import UserError
@@ -215,16 +214,25 @@ def report(options: argparse.Namespace) -> int:
 
 
 def _add_audit(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("domains", nargs="*", help="domains to audit; all by default")
+    what = "built-in names, package.module:Class or file.py:Class; all built-in ones by default"
+    sub.add_argument("domains", nargs="*", metavar="DOMAIN", help=what)
+    sub.add_argument("--rows", type=Path, metavar="FILE", help="also read this .jsonl file and score its gold")
+    sub.add_argument("--quick", action="store_true", help="leave out the attacks that use up a time limit")
+    sub.add_argument("--json", action="store_true", help="everything, for programs")
 
 
 def audit(options: argparse.Namespace) -> int:
-    """Score every domain's gold, anti-gold and hack cases."""
+    """Score every domain's gold and anti-gold cases, then attack it."""
     from nemo_cascade.cascade import audit as auditing
 
-    audits = auditing.audit(options.domains)
-    print(auditing.table(audits))
-    return FAILURE if any(row.misses for row in audits) else 0
+    audits = auditing.audit(options.domains, options.rows, options.quick, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(auditing.to_json(audits), indent=1) if options.json else auditing.table(audits))
+    return FAILURE if any(row.failed for row in audits) else 0
+
+
+def _serving(name: str) -> Callable[[Any], Any]:
+    """A function of cascade/serving.py, imported when it is called."""
+    return lambda given: getattr(importlib.import_module("nemo_cascade.cascade.serving"), name)(given)
 
 
 def _weights() -> ModuleType:
@@ -286,6 +294,9 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
         "--shard-size", default="5GB", metavar="SIZE", help="largest file of the written folder (default 5GB)"
     )
     sub.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="whose tokenizer the folder carries (source's)")
+    sub.add_argument(
+        "--average", type=Path, nargs="+", default=[], metavar="FOLDER", help="write the mean of the source and these"
+    )
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -295,6 +306,12 @@ def convert(options: argparse.Namespace) -> int:
     conversion = importlib.import_module("nemo_cascade.evaluation.conversion")
     shard_bytes = conversion.size_in_bytes(options.shard_size)
     source = hf_folder(str(options.source))
+    if options.average:
+        if options.dtype != "keep":
+            raise UserError("--average: keeps the dtype of its sources; leave --dtype out, or convert the mean")
+        others = [hf_folder(str(folder)) for folder in options.average]
+        print(conversion.average([source, *others], options.target, shard_bytes, options.tokenizer))
+        return 0
     print(conversion.convert(source, options.target, options.dtype, shard_bytes, options.tokenizer))
     return 0
 
@@ -360,6 +377,7 @@ def _print_answer(message: Any) -> None:
         print(f"[calls] {call.name}({json.dumps(dict(call.arguments))})")
 
 
+SERVE_EXAMPLE = "nemo-cascade serve-domain mcqa --write-rows rows.jsonl --count 8"
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, str, str]] = {
     "check": (_add_check, check, "Read and check a cascade.", "nemo-cascade check nano seed=3"),
     "plan": (_cascade, plan, "Tokens, hours and memory per stage.", "nemo-cascade plan nemotron_cascade_2"),
@@ -370,8 +388,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "convert": (_add_convert, convert, "Convert a checkpoint.", "nemo-cascade convert hf:nano nano.nemo"),
     "parity": (_add_parity, parity, "Compare two checkpoints layer by layer.", "nemo-cascade parity hf:nano hf:nano"),
     "chat": (_add_chat, chat, "Talk to a checkpoint.", 'nemo-cascade chat hf:nano --message "What color is the fish?"'),
-    "serve-domain": (serving.add_arguments, serving.serve_domain, "Serve a domain to NeMo-Gym.", serving.EXAMPLE),
-    "audit": (_add_audit, audit, "Prove every domain's reward on known cases.", "nemo-cascade audit math"),
+    "serve-domain": (_serving("add_arguments"), _serving("serve_domain"), "Serve a domain to NeMo-Gym.", SERVE_EXAMPLE),
+    "audit": (_add_audit, audit, "Attack every domain's reward.", "nemo-cascade audit mcqa --quick"),
 }
 FIRST = {"report": "first: nemo-cascade run nano --until if_rl"}
 """What must have run before a command's example, as its --help says."""

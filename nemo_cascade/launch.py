@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -290,11 +290,12 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     record.task_counts = limit.metrics
     record.first_step = FirstStep.of(config, run.hardware)
     record.rollouts_every = 1 if config.mode == "sample_only" else config.record_every
+    replays = config.routing_replay == "sampler"
     tasks = task_stream(config.data, domains, run.seed, limit, place.replica, place.replicas)
     with ExitStack() as stack:
         if config.mode == "train_only":
             sampler, refit = None, NoRefit()
-            source = RecordedRollouts(Path(config.rollouts), place.replica, place.replicas)
+            source = RecordedRollouts(Path(config.rollouts), place.replica, place.replicas, replays)
         else:
             sampler, refit = build_sampler(run), build_refit(run, folder)
             stack.callback(sampler.close)
@@ -303,7 +304,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
                 collector = Collector(
                     domains, sampler, chat, config.sampling, config.filters, run.hardware.reward_workers
                 )
-                collector.timer = record.timer
+                collector.timer, collector.routed_experts = record.timer, replays
                 stack.callback(collector.close)
             share = None if place.replicas == run.hardware.world_size else ranks.share_in_replica
             source = SampledRollouts(
@@ -311,7 +312,12 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
             )
         if isinstance(config, MopdConfig):
             teachers = {domains[name].name: folder for name, folder in run.teacher_folders.items()}
-            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, teachers)
+            names = {domains[name].name: stage for name, stage in run.teacher_stages.items()}
+            weights = {domains[name].name: weight for name, weight in config.distill.domain_weights.items()}
+            config.distill = replace(config.distill, domain_weights=weights)  # by their own names, as everywhere below
+            for teacher in teachers.values():
+                chat.refuse_other_tokens(teacher)
+            mopd.train(config, tasks, source, learner, sampler, refit, record, checkpoints, teachers, names)
         else:
             reference = run.init_folder if config.loss.kl > 0.0 else None
             grpo.train(config, tasks, source, learner, sampler, refit, record, checkpoints, reference)

@@ -79,7 +79,7 @@ class Sampler(Protocol):
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) as each one finishes. Same requests, same weights: same
-        completions.
+        completions. UserError where the parameters ask for experts and it cannot report them.
         """
 
     def load_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
@@ -143,6 +143,7 @@ class Objective:
     denominators: Callable[[Sequence[TokenSequence]], dict[str, float]]
     needs_logits: bool = False
     needs_teacher_vocabulary: bool = False  # fill Batch.teacher_logprobs_TV from the folder in Sequence.teacher
+    top_k: int = 0  # above 0: instead of the whole vocabulary, the student's top k at each position (Batch, `_TK`)
     check: Callable[[Mapping[str, float]], None] | None = None
 
 

@@ -18,6 +18,11 @@ Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "select", "report"]
 Finish = Literal["stop", "length"]
 
+NO_CHOICE = 255
+"""In a record of experts: none is known (padding, a token that the Sampler never read), so the router chooses. Expert
+numbers are bytes below it: at most 255 experts.
+"""
+
 
 class UserError(ValueError):
     """A mistake in the user's input: one line that names the file, the key and the remedy. The CLI prints it and
@@ -125,7 +130,7 @@ class SamplingParams:
     """How completions are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
 
     `logprobs` names the distribution that a completion's log-probabilities belong to: `kept`, the one that sampled, or
-    `raw`, the model's own (temperature 1, every token).
+    `raw`, the model's own (temperature 1, every token). `routed_experts` asks for the experts that each token used.
     """
 
     max_new_tokens: int
@@ -134,6 +139,7 @@ class SamplingParams:
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
     logprobs: str = "kept"
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,16 @@ class Request:
 class Completion:
     """A Sampler's answer. `logprobs` are of the distribution that sampled: logits / temperature on the kept set (or the
     model's own where the parameters say `raw`).
+
+    `routed_experts`, where the parameters ask for them: of the tokens of prompt and answer. The last one was drawn but
+    never read, so its experts are `NO_CHOICE`.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     version: int
-    routed_experts: bytes = b""  # uint8 [tokens, MoE layers, top-k], empty when the Sampler does not report them
+    routed_experts: bytes = b""  # uint8 [prompt and answer tokens, MoE layers, top-k]
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ class Rollout:
     """One sampled answer to one task: every token of the conversation, in the order the model saw them.
 
     `loss_mask[t]` is 1 on sampled tokens; `logprobs[t]` is 0.0 and `versions[t]` -1 elsewhere. All four have equal
-    length.
+    length. `routed_experts` are those that the Sampler used for each token, empty when it was not asked.
     """
 
     task: Task
@@ -176,12 +185,16 @@ class Rollout:
     outcome: Outcome
     sampling_seconds: float = 0.0
     reward_seconds: float = 0.0
+    routed_experts: bytes = b""  # uint8 [tokens, MoE layers, top-k]
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs), len(self.versions)}
         if len(lengths) != 1:
             name = f"{self.task.id}#{self.sample}"
             raise ValueError(f"rollout {name}: per-token fields differ in length: {sorted(lengths)}")
+        if self.routed_experts and len(self.routed_experts) % len(self.token_ids):
+            name = f"{self.task.id}#{self.sample}"
+            raise ValueError(f"rollout {name}: {len(self.routed_experts)} experts for {len(self.token_ids)} tokens")
 
     @property
     def num_sampled(self) -> int:
@@ -224,8 +237,9 @@ class Sequence:
     reference_logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
     group: int = 0  # index of the prompt inside the step, for group-wise denominators
+    domain: int = 0  # MOPD: index of the domain in the names that the objective was given
     teacher: str = ""  # MOPD: the stage that scores this sequence
-    # uint8 [tokens, MoE layers, top-k]: the experts that the update must use, 255 where it may choose; empty: anywhere
+    # uint8 [tokens, MoE layers, top-k]: what the update must use, NO_CHOICE where it may choose; empty: it may anywhere
     routed_experts: bytes = b""
 
 
@@ -249,7 +263,10 @@ class Batch:
     reference_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_T: torch.Tensor | None = None
     teacher_logprobs_TV: torch.Tensor | None = None  # only for the exact reverse KL: the whole vocabulary
-    routed_experts_TC: torch.Tensor | None = None  # uint8 [T, MoE layers * top-k], of the position itself; 255: free
+    top_tokens_TK: torch.Tensor | None = None  # int64, only for the top-k reverse KL: the student's likeliest tokens
+    teacher_logprobs_TK: torch.Tensor | None = None  # and what the teacher says about these
+    domain_S: torch.Tensor | None = None  # int64: `Sequence.domain` of each sequence
+    routed_experts_TC: torch.Tensor | None = None  # uint8 [T, MoE layers * top-k], of the position itself
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ def render() -> str:
     return "\n".join([*learner_table(), "", *leaving_table()])
 
 
-def replace_part(part: str, text: str) -> None:
-    """Renew what stands between the two marks of a part of the page."""
+def replace_part(part: str, text: str, page: Path = PAGE) -> None:
+    """Renew what stands between the two marks of a part of a page."""
     begin, end = f"<!-- {part} -->\n", f"\n<!-- end of {part} -->"
-    content = PAGE.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
     head, rest = content.split(begin)
-    PAGE.write_text(head + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")
+    page.write_text(head + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 <output>/<cascade>/<stage>-<key8>/
     config.yaml                 everything launch needs (StageRun)
     metrics.jsonl               one line per step
-    rollouts/step_000012.jsonl  what was sampled
+    rollouts/step_000012.jsonl  what was sampled; step_000012.npz, by which experts, with routing_replay: sampler
     checkpoints/step_000040/    resumable training state
     weights/step_000040/        exported keep_steps, Hugging Face format
     hf/                         the final Hugging Face folder

@@ -22,7 +22,7 @@ from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
 from nemo_cascade.rollout import trtllm
-from nemo_cascade.types import UserError
+from nemo_cascade.types import NO_CHOICE, UserError
 
 SANDBOXED = ("code", "swe_agentless", "swe_agentic")
 """Domains whose reward runs what the model wrote."""
@@ -122,16 +122,22 @@ def check_stage(name: str, loaded: Loaded, model: NemotronHConfig) -> None:
 
 def _check_replay(stage: RolloutStage, hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
     """Routing replay travels with a row through one forward call, which pipeline and context parallelism cut apart."""
-    for section in ("loss", "distill"):
-        replay = getattr(getattr(stage, section, None), "routing_replay", "none")
-        if replay == "none":
-            continue
-        where = f"{origin}: key '{section}.routing_replay': {replay}"
-        for key in ("pipeline_parallel", "context_parallel"):
-            if getattr(hardware, key) > 1:
-                raise UserError(f"{where} does not work with hardware {key} above 1; set it to none")
-        if model.n_routed_experts > 255:
-            raise UserError(f"{where} keeps expert numbers in a byte, the model has {model.n_routed_experts} experts")
+    replay, section = stage.routing_replay, "distill" if isinstance(stage, MopdConfig) else "loss"
+    if replay == "none":
+        return
+    where = f"{origin}: key '{section}.routing_replay': {replay}"
+    for key in ("pipeline_parallel", "context_parallel"):
+        if getattr(hardware, key) > 1:
+            raise UserError(f"{where} does not work with hardware {key} above 1; set it to none")
+    if not model.layers("E"):
+        raise UserError(f"{where} needs layers of experts, the model has none; set it to none")
+    if model.n_routed_experts > NO_CHOICE:
+        raise UserError(f"{where} keeps expert numbers in a byte, the model has {model.n_routed_experts} experts")
+    if replay == "sampler" and hardware.sampler == "trtllm" and stage.mode != "train_only":
+        raise UserError(
+            f"{where} needs a sampler that reports the experts it used, which hardware.sampler trtllm does not; set it "
+            "to learner"
+        )
 
 
 def _check_lengths(stage: RolloutStage, longest: int, origin: str) -> None:
@@ -244,7 +250,7 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             where = f"{show(loaded.path)}: key 'base'" if stage.init == "base" else f"{origin}: key 'init'"
             yield f"{where}: {source.folder} is no Hugging Face folder (config.json is missing)"
         if isinstance(stage, RolloutStage) and stage.mode == "train_only" and stage.rollouts:
-            problem = _unrecorded(Path(stage.rollouts), stage.num_steps)
+            problem = _unrecorded(stage)
             if problem:
                 yield f"{origin}: key 'rollouts': {problem}"
         for key, judge in (("judge", stage.judge), ("equivalence_judge", stage.equivalence_judge)):
@@ -253,8 +259,9 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
                 yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
 
 
-def _unrecorded(folder: Path, num_steps: int) -> str:
+def _unrecorded(stage: RolloutStage) -> str:
     """What is not there of the rollouts that `train_only` reads; empty when every step is."""
+    folder, num_steps = Path(stage.rollouts or ""), stage.num_steps
     steps = recorded_steps(folder)
     if not steps:
         return f"{folder} holds no recorded rollouts (rollouts/step_*.jsonl); name the folder of a stage that sampled"
@@ -264,6 +271,13 @@ def _unrecorded(folder: Path, num_steps: int) -> str:
             f"{folder} has no rollouts of step {gone[0]} and num_steps is {num_steps}; record every step "
             "(record_every: 1) or lower num_steps"
         )
+    if stage.routing_replay == "sampler":
+        bare = sorted(set(range(num_steps)) - set(recorded_steps(folder, experts=True)))
+        if bare:
+            return (
+                f"{folder} does not say by which experts step {bare[0]} was sampled; set routing_replay to learner, or "
+                "record it again with routing_replay: sampler"
+            )
     return ""
 
 

@@ -49,7 +49,8 @@ function time() {
 }
 
 const CURVES = [["reward", "mean reward"], ["loss", "loss"], ["accuracy", "token accuracy"], ["entropy", "entropy, nat"], ["length", "answer length, tokens"], ["kl", "KL to the start, nat"], ["reverse_kl", "KL(student \u2016 teacher), nat"], ["gap_abs", "|learner \u2212 sampler|, nat"],
-  ["grad_norm", "gradient norm"], ["all_equal_share", "groups all equal, share"], ["truncated_share", "truncated, share"], ["invalid_share", "invalid, share"], ["masked_share", "masked tokens, share"], ["tokens_per_second", "tokens per second"], ["lr", "learning rate"]];
+  ["grad_norm", "gradient norm"], ["all_equal_share", "groups all equal, share"], ["truncated_share", "truncated, share"], ["invalid_share", "invalid, share"], ["masked_share", "masked tokens, share"], ["masked_sequence_share", "masked sequences, share"], ["clipped_share", "clipped tokens, share"],
+  ["non_finite", "skipped, not finite"], ["tokens_per_second", "tokens per second"], ["lr", "learning rate"]];
 
 function curves() {
   const root = byId("curves"), stages = DATA.stages.filter((stage) => Object.keys(stage.curves).length);

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_cascade import domains
+from nemo_cascade.data.gym_wire import row_of
 from nemo_cascade.protocols import Domain
 from nemo_cascade.types import Split, UserError
 
-EXAMPLE = "nemo-cascade serve-domain mcqa --write-rows rows.jsonl --count 8"
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
 
 
@@ -31,7 +32,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def serve_domain(options: argparse.Namespace) -> int:
     """Write rows, or print the address as one line of JSON and serve until interrupted."""
-    from nemo_cascade import domains
     from nemo_cascade.reward.gym.service import GymHttpServer, GymService
 
     services = domains.Services()
@@ -57,8 +57,6 @@ def serve_domain(options: argparse.Namespace) -> int:
 
 def write_rows(domain: Domain, path: Path, split: Split, count: int, seed: int) -> None:
     """Generated tasks of one split as a NeMo-Gym data set, one row a line."""
-    from nemo_cascade.data.gym_wire import row_of
-
     tasks = domain.tasks(split, count, seed)
     try:
         path.write_text("".join(f"{json.dumps(row_of(task))}\n" for task in tasks), encoding="utf-8")

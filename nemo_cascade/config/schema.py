@@ -20,6 +20,7 @@ from nemo_cascade.config.schema_data import (
     GateConfig,
     JudgeConfig,
 )
+from nemo_cascade.config.schema_hardware import HardwareConfig, TrackersConfig
 from nemo_cascade.types import UserError
 
 
@@ -33,6 +34,7 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    max_skipped_steps: int = 0  # steps in a row that a loss or gradient that is no number may cost; one more aborts
     schedule: str = "constant"  # constant | cosine | linear
     warmup_steps: int = 0
     warmup_from: float = 0.0
@@ -49,6 +51,7 @@ class OptimizerConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UserError(f"optimizer.betas: {self.betas} are not both in [0, 1)")
         above("optimizer.eps", self.eps, 0.0)
+        at_least("optimizer.max_skipped_steps", self.max_skipped_steps, 0)
         at_least("optimizer.schedule_steps", self.schedule_steps, 1)
         if self.schedule == "constant" and self.min_lr not in (None, self.lr):
             raise UserError(
@@ -56,6 +59,14 @@ class OptimizerConfig:
                 "linear"
             )
 
+
+ROUTING_REPLAY = ("none", "learner", "sampler")
+"""Choices of `loss.routing_replay` and `distill.routing_replay`."""
+
+NORMALIZE = ("batch_tokens", "group_tokens", "sequence", "constant")
+KL_TYPES = ("k1", "k2", "k3")
+IMPORTANCE = ("none", "tis", "icepop", "sequence_mask")
+"""Choices of `loss.normalize`, `loss.kl_type` and `loss.importance`; docs/algorithms.md has their formulas."""
 
 LOGPROBS = ("kept", "raw")
 """Choices of `sampling.logprobs`."""
@@ -119,44 +130,75 @@ class AdvantageConfig:
 
 @dataclass
 class LossConfig:
-    """The GRPO loss. `normalize` names the denominator of the token sum."""
+    """The GRPO loss. `normalize` names the denominator of the token sum; docs/algorithms.md has every formula."""
 
-    normalize: str = "batch_tokens"  # batch_tokens | group_tokens | sequence
+    normalize: str = "batch_tokens"  # batch_tokens | group_tokens | sequence | constant
+    constant: Optional[float] = None  # normalize constant: what the token sum is divided by
     kl: float = 0.0
     kl_type: str = "k3"  # k1 | k2 | k3, against the checkpoint entering the stage
-    importance: str = "none"  # none | tis (clamp) | icepop (mask); Learner against Sampler
+    kl_in: str = "loss"  # loss: a term with a gradient | reward: subtracted from the advantage, without
+    clip_low: Optional[float] = None  # PPO: the ratio to the recorded Sampler is clipped at 1 - clip_low
+    clip_high: Optional[float] = None  # and at 1 + clip_high; None: no clipping, strictly on-policy
+    importance: str = "none"  # none | tis (clamp) | icepop (mask) | sequence_mask; Learner against Sampler
     importance_low: float = 0.5
     importance_high: float = 2.0
-    max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens
-    routing_replay: str = "none"  # none | learner: the update uses the experts of a pass just before it
+    max_masked_share: float = 0.5  # abort when importance masks more than this share of tokens or of sequences
+    # Experts that the update uses: none: its own | learner: those of a pass of the Learner just before it
+    # | sampler: those by which each token was sampled, which travel and are recorded with the rollout
+    routing_replay: str = "none"
 
     def __post_init__(self) -> None:
-        choose("loss.normalize", self.normalize, ("batch_tokens", "group_tokens", "sequence"))
-        choose("loss.kl_type", self.kl_type, ("k1", "k2", "k3"))
-        choose("loss.importance", self.importance, ("none", "tis", "icepop"))
+        choose("loss.normalize", self.normalize, NORMALIZE)
+        choose("loss.kl_type", self.kl_type, KL_TYPES)
+        choose("loss.kl_in", self.kl_in, ("loss", "reward"))
+        choose("loss.importance", self.importance, IMPORTANCE)
         at_least("loss.kl", self.kl, 0.0)
+        above("loss.constant", self.constant, 0.0)
+        if (self.normalize == "constant") != (self.constant is not None):
+            raise UserError(
+                "loss.constant: it goes with normalize constant, and only with it; Dr. GRPO divides by "
+                "sampling.max_new_tokens x prompts_per_step x group_size"
+            )
+        if (self.clip_low is None) != (self.clip_high is None):
+            raise UserError("loss.clip_low: it goes with loss.clip_high; set both (PPO: 0.2 and 0.2) or none")
+        share("loss.clip_low", 0.0 if self.clip_low is None else self.clip_low)
+        at_least("loss.clip_high", self.clip_high, 0.0)
+        if self.clip_low is not None and self.importance != "none":
+            raise UserError(
+                f"loss.clip_low: clipping already weighs by the ratio to the Sampler, and importance {self.importance} "
+                "would weigh by it again; set one of them to none (null)"
+            )
         interval("loss.importance_low", self.importance_low, "loss.importance_high", self.importance_high)
         share("loss.max_masked_share", self.max_masked_share)
-        choose("loss.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("loss.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
 class DistillConfig:
-    """Equations 2 to 4. `kind` sampled is the paper's; full_vocab is the exact reverse KL per position."""
+    """Equations 2 to 4. `kind` sampled is the paper's; docs/algorithms.md has every formula."""
 
-    kind: str = "sampled"  # sampled | full_vocab
+    kind: str = "sampled"  # sampled | full_vocab (exact reverse KL per position) | topk (over the student's top k)
+    top_k: int = 32  # kind topk: the student's most probable tokens; all others share one bucket
+    advantage: str = "log_ratio"  # kind sampled: log_ratio (equation 2) | power (bounded by 1 / power_alpha)
+    power_alpha: float = 1.0  # a_t = (p_teacher^alpha - p_student^alpha) / alpha; towards 0 it is the log-ratio
+    domain_weights: dict[str, float] = field(default_factory=dict)  # share of each domain in the loss; none: equation 4
     importance_low: float = 0.5
     importance_high: float = 2.0
-    clip_advantage: Optional[float] = None  # |a_t| bound; the paper has none
+    clip_advantage: Optional[float] = None  # kind sampled: |a_t| bound; the paper has none
     max_masked_share: float = 0.5
     routing_replay: str = "none"  # as in loss
 
     def __post_init__(self) -> None:
-        choose("distill.kind", self.kind, ("sampled", "full_vocab"))
+        choose("distill.kind", self.kind, ("sampled", "full_vocab", "topk"))
+        choose("distill.advantage", self.advantage, ("log_ratio", "power"))
+        at_least("distill.top_k", self.top_k, 1)
+        above("distill.power_alpha", self.power_alpha, 0.0)
+        for domain, weight in self.domain_weights.items():
+            above(f"distill.domain_weights.{domain}", weight, 0.0)
         interval("distill.importance_low", self.importance_low, "distill.importance_high", self.importance_high)
         above("distill.clip_advantage", self.clip_advantage, 0.0)
         share("distill.max_masked_share", self.max_masked_share)
-        choose("distill.routing_replay", self.routing_replay, ("none", "learner"))
+        choose("distill.routing_replay", self.routing_replay, ROUTING_REPLAY)
 
 
 @dataclass
@@ -223,6 +265,11 @@ class RolloutStage(StageBase):
         if self.mode == "train_only" and not self.rollouts:
             raise UserError("rollouts: mode train_only needs the folder of a run's recorded rollouts")
 
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses; each kind of stage has the key beside its loss."""
+        return "none"
+
 
 @dataclass
 class GrpoConfig(RolloutStage):
@@ -234,6 +281,11 @@ class GrpoConfig(RolloutStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("group_size", self.group_size, 2)
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.loss.routing_replay
 
 
 @dataclass
@@ -253,72 +305,29 @@ class MopdConfig(RolloutStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distill.kind == "full_vocab" and self.sampling.cuts:
+        kind, weights = self.distill.kind, self.distill.domain_weights
+        if kind != "sampled" and self.sampling.cuts:
             raise UserError(
-                "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them; set "
+                f"distill.kind: {kind} compares whole vocabularies, and sampling.top_p or top_k cuts them; set "
                 "top_p to 1 and top_k to 0, choose kind sampled, or sampling.logprobs: raw"
             )
+        if kind != "sampled" and self.distill.advantage != "log_ratio":
+            raise UserError(f"distill.advantage: power has no effect with kind {kind}; choose kind sampled")
+        if self.filters.dynamic:
+            raise UserError("filters.dynamic: distillation has no rewards that could differ; set it to false")
+        if weights and set(weights) != set(self.data.domains):
+            raise UserError(
+                f"distill.domain_weights: {', '.join(sorted(weights))} are not the stage's domains "
+                f"{', '.join(sorted(self.data.domains))}; give each domain a weight, or none"
+            )
+
+    @property
+    def routing_replay(self) -> str:
+        """Whose experts the update uses."""
+        return self.distill.routing_replay
 
 
 STAGE_KINDS: dict[str, type[StageBase]] = {"sft": SftConfig, "grpo": GrpoConfig, "mopd": MopdConfig}
-
-
-PRECISIONS = ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8", "hopper_fp8_emulated", "blackwell_mxfp8_emulated")
-
-
-@dataclass
-class HardwareConfig:
-    """Where and how: ranks, layout, precision and the backends. One file per machine in conf/hardware."""
-
-    name: str = "cpu"
-    nodes: int = 1
-    ranks_per_node: int = 1
-    threads_per_rank: int = 1
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    expert_parallel: int = 1
-    context_parallel: int = 1
-    distributed_optimizer: bool = False  # cut optimizer state and gradient sums over the data-parallel ranks
-    layer_spec: str = "local"  # local | te
-    precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8, or one of these two with _emulated
-    fp8_bf16_layers: int = 2  # layers at each end of the model that FP8 leaves in bf16
-    moe_dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto (alltoall on a GPU)
-    sampler: str = "local"  # local | remote | trtllm
-    sampler_url: Optional[str] = None
-    refit: str = "memory"  # memory | files
-    reward_workers: int = 4  # threads that score rollouts
-    async_save: bool = False  # train on while a checkpoint is written; costs host memory, the size of a rank's part
-    device_memory_gib: float = 0.0  # per rank; 0: not bounded (CPU)
-    host_memory_gib: float = 0.0
-
-    def __post_init__(self) -> None:
-        choose("hardware.layer_spec", self.layer_spec, ("local", "te"))
-        choose("hardware.precision", self.precision, PRECISIONS)
-        at_least("hardware.fp8_bf16_layers", self.fp8_bf16_layers, 0)
-        choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "allgather", "alltoall"))
-        choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
-        choose("hardware.refit", self.refit, ("memory", "files"))
-        at_least("hardware.reward_workers", self.reward_workers, 1)
-        at_least("hardware.device_memory_gib", self.device_memory_gib, 0.0)
-        at_least("hardware.host_memory_gib", self.host_memory_gib, 0.0)
-
-    @property
-    def world_size(self) -> int:
-        """Learner ranks over all nodes."""
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def data_parallel(self) -> int:
-        """Replicas of the policy."""
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
-
-
-@dataclass
-class TrackersConfig:
-    """TensorBoard is always written; the others when named."""
-
-    wandb_project: Optional[str] = None
-    mlflow_uri: Optional[str] = None
 
 
 @dataclass

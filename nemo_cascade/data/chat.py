@@ -126,6 +126,19 @@ class ChatTokenizer:
         """Entries with added tokens; the model's embedding may be padded beyond it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def refuse_other_tokens(self, folder: str | Path) -> None:
+        """UserError when another folder's tokenizer, a teacher's, gives texts other ids; one without it passes."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file() or path.read_bytes() == (Path(self.folder) / "tokenizer.json").read_bytes():
+            return
+        mine, other = (of.get_vocab(with_added_tokens=True) for of in (self._tokenizer, Tokenizer.from_file(str(path))))
+        if mine != other:
+            differing = sorted({text for text, _ in mine.items() ^ other.items()})
+            raise UserError(
+                f"{path}: {len(differing)} entries differ from the tokenizer {self.folder}, for example "
+                f"{differing[0]!r}; a teacher that reads other tokens cannot score the student's: choose another one"
+            )
+
     def encode_text(self, text: str) -> list[int]:
         """Untrusted plain text: control tokens spelt in it are encoded as characters."""
         return self._encode([Piece(text, False)])

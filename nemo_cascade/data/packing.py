@@ -74,6 +74,7 @@ def to_batch(sequences: Sequence[TokenSequence]) -> Batch:
         cu_seqlens=cu_seqlens,
         sequence_T=torch.repeat_interleave(torch.arange(len(lengths)), lengths_S),
         group_S=torch.tensor([sequence.group for sequence in sequences]),
+        domain_S=torch.tensor([sequence.domain for sequence in sequences]),
         advantages_T=optional(sequences, "advantages", lambda sequence: sequence.advantages),
         sampler_logprobs_T=optional(sequences, "sampler_logprobs", lambda sequence: sequence.sampler_logprobs),
         reference_logprobs_T=optional(sequences, "reference_logprobs", lambda sequence: sequence.reference_logprobs),

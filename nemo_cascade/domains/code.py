@@ -4,22 +4,24 @@ Python, and C and C++ where rows or the option `language` ask for it and a compi
 
 Three kinds of rows. Calls: a function's return values are compared outside the sandbox (nano tasks, LiveCodeBench's
 `fn_name`). Programs: standard output is compared token by token (released rows). Assertions: the row brings a test
-program (HumanEval). An exit status never decides: a program that leaves early has returned nothing, which is not the
-right value.
+program (HumanEval), which calls the candidate in another process. An exit status never decides: a program that leaves
+early has returned nothing, which is not the right value.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
-import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
+from nemo_cascade.reward import assertions
 from nemo_cascade.reward.compiled import ALIASES, LANGUAGES, NoCompiler, NotCompiled, run_compiled
 from nemo_cascade.reward.sandbox import CallResult, Limits, RunResult
 from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
@@ -29,22 +31,6 @@ KNOWN = ("python", *LANGUAGES)
 HIDDEN_INPUTS = (0, 1, 9, 25, 40)
 CONSTANTS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 6)}
 REMEMBERED = 4096  # verdicts kept per process: rollouts of a group often agree, and evaluation repeats them
-
-PLAIN = '''
-def __plain(value):
-    """Only plain values leave the candidate, so that none can claim to equal everything."""
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(__plain(item) for item in value)
-    if type(value) is dict:
-        return {__plain(key): __plain(item) for key, item in value.items()}
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return value
-    raise TypeError("the function returned a " + type(value).__name__)
-
-def __graded(nonce):
-    check(lambda *given, **named: __plain(ENTRY(*given, **named)))
-    return nonce
-'''
 
 ALL = """
 def __all(lists):
@@ -197,20 +183,30 @@ class Code(SingleTurn):
         return _verdict([(r.status, not differs(i, r)) for i, r in enumerate(results)], len(inputs))
 
     def _assertions(self, task: Task, source: str) -> Outcome:
-        """Run the row's own test program around the candidate; passing means returning a number nobody could guess.
+        """Run the row's own test program; the candidate answers its calls from another process, which has no tests.
 
-        Candidate and test share a process, so a program that searches the interpreter's frames could still cheat; the
-        other two kinds of rows have no such hole.
+        Passing means that `check` returned: the candidate can neither end the test's process nor speak for it.
         """
-        entry = str(task.truth["entry_point"])
-        program = f"{task.truth['stub']}    pass\n{source}\n{task.truth['test']}\n{PLAIN.replace('ENTRY', entry)}"
-        nonce = secrets.token_hex(16)
-        results = self.services.code_sandbox().call_function(program, "__graded", [[nonce]], self.limits)
-        return _verdict([(results[0].status, results[0].value == nonce)], 1)
+        entry, stub = str(task.truth["entry_point"]), f"{task.truth['stub']}    pass\n"
+        candidate = f"{stub}{source}\n{_ends()}__ends['serve']({entry})\n"
+        asked = f"{_ends()}{entry} = __ends['ask']\n"  # some tests call the function by its own name
+        tests = f"{stub}{asked}{task.truth['test']}\ndef __graded():\n    check({entry})\n    return True\n"
+        result = self.services.code_sandbox().call_beside(tests, "__graded", candidate, self.limits)
+        outcome = _verdict([(result.status, result.value is True)], 1)
+        if isinstance(outcome, Invalid) or outcome.reward or not result.error:
+            return outcome
+        return Scored(0.0, outcome.parts, f"{outcome.reason}: {result.error}"[:200])
 
     def cases(self) -> list[Case]:
         """All three kinds of rows, and the usual tricks: tables of examples, early exits, forged equality."""
         return _cases()
+
+
+@functools.cache
+def _ends() -> str:
+    """Lines that bring both ends of `reward/assertions.py` into a program, under one name."""
+    text = Path(assertions.__file__).read_text(encoding="utf-8")
+    return f"__ends = {{'__name__': 'assertions'}}\nexec({text!r}, __ends)\n"
 
 
 def extract_code(content: str) -> str:

@@ -11,7 +11,7 @@ from nemo_cascade.config.schema import EvaluationConfig
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.domains import Services, load
-from nemo_cascade.evaluation.benchmark import Benchmark
+from nemo_cascade.evaluation.benchmark import Benchmark, Row
 from nemo_cascade.evaluation.intervals import bootstrap_mean
 from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.reward.judge import Judge
@@ -20,10 +20,10 @@ from nemo_cascade.rollout.server_process import start_server
 from nemo_cascade.types import Interval, Message, Request, SamplingParams
 
 
-def evaluate_folder(
+def benchmark_rows(
     reference: str, config: EvaluationConfig, workers: int = 4, judge: JudgeAddress | None = None
-) -> dict[tuple[str, str, str], Interval]:
-    """Score a checkpoint (`hf:nano`, a folder) on the tasks of the ledger: (domain, split, mode) -> mean with interval.
+) -> list[Row]:
+    """Score a checkpoint (`hf:nano`, a folder) on the tasks of the ledger, one row per task as in evaluation files.
 
     The tasks and draws are those of the cascade's own evaluations, so the numbers can be compared with a report's.
     """
@@ -37,9 +37,15 @@ def evaluate_folder(
         domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
         sampler = LocalSampler.from_folder(folder)
         stack.callback(sampler.close)
-        rows = stack.enter_context(Benchmark(config, domains, sampler, chat, workers)).run()
+        return stack.enter_context(Benchmark(config, domains, sampler, chat, workers)).run()
+
+
+def evaluate_folder(
+    reference: str, config: EvaluationConfig, workers: int = 4, judge: JudgeAddress | None = None
+) -> dict[tuple[str, str, str], Interval]:
+    """The scores of a checkpoint: (domain, split, mode) -> mean with interval, verdicts that are Invalid left out."""
     cells: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
+    for row in benchmark_rows(reference, config, workers, judge):
         if row["valid"]:
             cell = (str(row["domain"]), str(row["split"]), str(row["mode"]))
             cells.setdefault(cell, []).append(float(str(row["score"])))

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_cascade.config.paths import NANO_TOKENIZER, explain_os_error
-from nemo_cascade.models import hf_copy
+from nemo_cascade.models import hf_average, hf_copy
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import content_sha256, read_config
 from nemo_cascade.models.hf_writer import SHARD_BYTES
@@ -74,6 +74,20 @@ def convert(
         read_config(source)
         _save_nemo(CascadeModel.from_hf(source), target)
         return content_sha256(source, check=True, progress=line)
+
+
+def average(
+    sources: Sequence[Path], target: Path, shard_bytes: int = SHARD_BYTES, tokenizer: Path | None = None
+) -> str:
+    """The plain mean of several Hugging Face folders of one model as a new folder; returns its content sha256."""
+    if target.exists():
+        raise UserError(f"{target}: already there; give a new path")
+    for path in (*sources, target):
+        if path.suffix == NEMO:
+            raise UserError(f"--average: {path} is a .nemo file; Hugging Face folders are averaged, convert it first")
+    with closing(TransferLine()) as line:
+        carried = _tokenizer(tokenizer, sources[0], read_config(sources[0]))
+        return hf_average.average_folders(sources, target, carried, shard_bytes, line)
 
 
 def _tokenizer(named: Path | None, source: Path | None, config: NemotronHConfig) -> Path | None:

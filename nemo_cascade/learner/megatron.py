@@ -102,12 +102,14 @@ class MegatronLearner:
         self.cache = HostCache(self.model, self._read)
         self.writer = checkpoint.CheckpointWriter(hardware.async_save)
         self.updates = 0  # optimizer steps taken, the argument of the schedule
+        self.broken_steps = 0  # in a row, skipped because their loss or gradient was no number
         self.device = next(self.model.parameters()).device
 
     def update(self, sequences: Sequence[TokenSequence], objective: Objective) -> dict[str, float]:
         """One optimizer step. Metrics are those of the whole step, the same on every rank, plus seconds and tokens.
 
-        A step in which no rank has a trained token moves nothing and reports `skipped` 1.
+        A step in which no rank has a trained token moves nothing and reports `skipped` 1. So does one whose loss or
+        gradient is no number, with `non_finite` 1; more than `optimizer.max_skipped_steps` of these in a row abort.
         """
         self._own_weights("update")
         begin = time.perf_counter()
@@ -126,18 +128,19 @@ class MegatronLearner:
         metrics = combined(gathered(own))
         if choices := metrics.pop("routing_choices", 0.0):
             metrics["routing_flips"] /= choices  # share of the replayed experts that the routers would not choose now
-        self._finite(metrics, norm)
-        if objective.check is not None:
+        broken = self._broken(metrics, norm)
+        if objective.check is not None and not broken:
             objective.check(metrics)
         rate = learning_rate(self.settings.optimizer, self.updates, self.settings.num_steps)
-        skipped = metrics["trained_tokens"] == 0.0
+        skipped = broken or metrics["trained_tokens"] == 0.0
         if not skipped:
             with watch.measure("optimizer"):
                 self.trainer.step(rate, norm)
         self.updates += 1
         seconds = time.perf_counter() - begin
         return metrics | watch.metrics() | {
-            "grad_norm": norm, "lr": rate, "skipped": float(skipped), "micro_batches": float(len(batches)),
+            "grad_norm": norm, "lr": rate, "skipped": float(skipped), "non_finite": float(broken),
+            "micro_batches": float(len(batches)),
             "seconds/training/update": seconds, "tokens_per_second": metrics["tokens"] / seconds,
         }  # fmt: skip
 
@@ -178,7 +181,8 @@ class MegatronLearner:
     def save(self, folder: str, step: int) -> None:
         """A complete training checkpoint at `folder`, or nothing; with `hardware.async_save` it appears later."""
         self._own_weights("save")
-        meta = {"step": step, "updates": self.updates, "model": dataclasses.asdict(self.config)}
+        counts = {"step": step, "updates": self.updates, "broken_steps": self.broken_steps}
+        meta = counts | {"model": dataclasses.asdict(self.config)}
         self.writer.save(Path(folder), training_state(self.trainer), meta)
 
     def finish_saving(self) -> None:
@@ -192,6 +196,7 @@ class MegatronLearner:
         state = training_state(self.trainer, loading=True)
         meta = checkpoint.load(Path(folder), state, dataclasses.asdict(self.config))
         self.updates = meta["updates"]
+        self.broken_steps = meta.get("broken_steps", 0)
         return meta["step"]
 
     def export(self, folder: str) -> str:
@@ -226,7 +231,7 @@ class MegatronLearner:
             raise ValueError(f"{action} inside using({self.cache.borrowed!r}): these are not the policy's weights")
 
     def _training_batches(self, sequences: Sequence[TokenSequence], objective: Objective) -> tuple[Batch, ...]:
-        """Micro-batches of this rank; for the exact reverse KL each has one teacher and its log-probabilities."""
+        """Micro-batches of this rank; for the exact or top-k reverse KL each has one teacher and what it says."""
         size = self.settings.micro_batch_tokens
         if not objective.needs_teacher_vocabulary:
             return tuple(on_device(batch, self.device) for batch in self._even(pack(sequences, size)).batches)
@@ -238,11 +243,44 @@ class MegatronLearner:
             packed = self._even(pack([sequence for sequence in sequences if sequence.teacher == teacher], size))
             self.model.eval()
             moved = [on_device(batch, self.device) for batch in packed.batches]
-            with self.using(teacher):
-                scores_B_TV = pipeline.evaluate(self.model, moved, self._vocabulary)
-            for batch, scores_TV in itertools.zip_longest(moved, scores_B_TV):  # none but on the last pipeline stage
-                batches.append(dataclasses.replace(batch, teacher_logprobs_TV=scores_TV))
+            if objective.top_k:
+                batches += self._with_top(moved, teacher, objective.top_k)
+            else:
+                batches += self._taught(moved, teacher)
         return tuple(batches)
+
+    def _taught(self, batches: Sequence[Batch], teacher: str) -> list[Batch]:
+        """The batches with the teacher's log-probabilities [T, V]; without them but on the last pipeline stage."""
+        with self.using(teacher):
+            scores_B_TV = pipeline.evaluate(self.model, batches, self._vocabulary)
+        return [
+            dataclasses.replace(batch, teacher_logprobs_TV=scores_TV)
+            for batch, scores_TV in itertools.zip_longest(batches, scores_B_TV)
+        ]
+
+    def _with_top(self, batches: Sequence[Batch], teacher: str, top_k: int) -> list[Batch]:
+        """The batches with the policy's `top_k` likeliest tokens at each position and the teacher's log-probabilities.
+
+        One more pass than the whole vocabulary needs, in exchange for holding K numbers a position instead of V.
+        """
+        if top_k > self.config.vocab_size:
+            raise UserError(f"distill.top_k: {top_k} is more than the vocabulary's {self.config.vocab_size} tokens")
+        tokens_B_TK = pipeline.evaluate(self.model, batches, lambda batch: self._vocabulary(batch).topk(top_k)[1])
+        chosen = [
+            dataclasses.replace(batch, top_tokens_TK=tokens_TK)
+            for batch, tokens_TK in itertools.zip_longest(batches, tokens_B_TK)
+        ]
+
+        def teach(batch: Batch) -> torch.Tensor:
+            assert batch.top_tokens_TK is not None, "only the last pipeline stage is asked, which has chosen them"
+            return self._vocabulary(batch).gather(-1, batch.top_tokens_TK)
+
+        with self.using(teacher):
+            scores_B_TK = pipeline.evaluate(self.model, chosen, teach)
+        return [
+            dataclasses.replace(batch, teacher_logprobs_TK=scores_TK)
+            for batch, scores_TK in itertools.zip_longest(chosen, scores_B_TK)
+        ]
 
     def _even(self, packed: Packed) -> Packed:
         """With experts spread over ranks every rank must run as many forward passes as the busiest one."""
@@ -273,13 +311,21 @@ class MegatronLearner:
         """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""
         return vocabulary_logprobs(self.model, batch, self.settings.distribution.temperature, routing)
 
-    def _finite(self, metrics: dict[str, float], norm: float) -> None:
-        """Stop before the optimizer when the loss or the gradient is no number."""
-        if math.isfinite(metrics.get("loss", 0.0)) and math.isfinite(norm):
-            return
+    def _broken(self, metrics: dict[str, float], norm: float) -> bool:
+        """Whether the loss or the gradient is no number, on any rank; UserError when that was so too often in a row."""
+        finite = math.isfinite(metrics.get("loss", 0.0)) and math.isfinite(norm)
+        if all(gathered(finite, everyone=True)):
+            self.broken_steps = 0
+            return False
+        self.broken_steps += 1
+        said = f"step {self.updates}: loss {metrics.get('loss', 0.0):.4g}, gradient norm {norm:.4g}"
+        allowed = self.settings.optimizer.max_skipped_steps
+        if self.broken_steps <= allowed:
+            if torch.distributed.get_rank() == 0:
+                LOG.warning("%s: skipped, nothing was updated (%d of %d in a row)", said, self.broken_steps, allowed)
+            return True
         raise UserError(
-            f"step {self.updates}: loss {metrics.get('loss', 0.0):.4g}, gradient norm {norm:.4g}: training has "
-            "diverged. Nothing was updated; resume from the last checkpoint with a lower optimizer.lr, more "
-            "optimizer.warmup_steps or a smaller optimizer.clip_grad, and look at the rewards and log-probabilities "
-            "of this step"
+            f"{said}: training has diverged. Nothing was updated; resume from the last checkpoint with a lower "
+            "optimizer.lr, more optimizer.warmup_steps or a smaller optimizer.clip_grad, and look at the rewards and "
+            "log-probabilities of this step"
         )

@@ -43,11 +43,15 @@ class CoreAttention(MegatronModule):
         layout = packed_seq_params.layout
         tokens, heads, width = query.shape
         groups = key.shape[1]
-        row = torch.cat([query.reshape(tokens, -1), key.reshape(tokens, -1), value.reshape(tokens, -1)], dim=-1)
+        parts = [part.reshape(tokens, -1) for part in (query, key, value)]
+        if layout.identity:  # nothing to move
+            blocks = [[unpack(part, layout)[0] for part in parts]]
+        else:
+            widths = [part.shape[1] for part in parts]
+            blocks = [block.split(widths, dim=-1) for block in unpack(torch.cat(parts, dim=-1), layout)]
         outputs = []
-        for block in unpack(row, layout):
-            S, L, _ = block.shape
-            q, k, v = block.split([heads * width, groups * width, groups * width], dim=-1)
+        for q, k, v in blocks:
+            S, L, _ = q.shape
             mixed = F.scaled_dot_product_attention(
                 q.view(S, L, heads, width).transpose(1, 2),
                 k.view(S, L, groups, width).transpose(1, 2),

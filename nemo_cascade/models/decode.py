@@ -30,6 +30,7 @@ from nemo_cascade.models.decode_layers import (
     LayerState,
     MambaLayer,
     MoeLayer,
+    Noted,
     Rows,
     blocks,
     project,
@@ -144,20 +145,29 @@ class DecodeModel:
             self.layers.append(LAYERS[kind](config, own))
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int = 0) -> tuple[torch.Tensor, Cache]:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], room: int = 0, experts: list[bytes] | None = None
+    ) -> tuple[torch.Tensor, Cache]:
         """Read prompts of any lengths; logits [B, V] after each one's last token, and the cache to decode from.
 
-        `room` is how many more tokens a row may get before its attention cache has to grow.
+        `room` is how many more tokens a row may get before its attention cache has to grow. `experts` gets for each
+        prompt the experts that its tokens used, uint8 [tokens, MoE layers, top-k].
         """
+        found = [b""] * len(prompts)
         last: list[torch.Tensor] = []
         caches: list[Cache] = []
         order: list[int] = []
         for group in batches_by_length([len(prompt) for prompt in prompts]):
-            hidden_N, rows, cache = self._read([prompts[index] for index in group], room)
+            noted: Noted = None if experts is None else []
+            hidden_N, rows, cache = self._read([prompts[index] for index in group], room, noted)
+            for index, own in zip(group, _by_row(noted, rows.lengths), strict=True):
+                found[index] = own
             last.append(hidden_N[torch.tensor(rows.lengths).cumsum(0) - 1])
             caches.append(cache)
             order += group
         cache = Cache.join(caches)
+        if experts is not None:
+            experts += found
         back = sorted(range(len(order)), key=order.__getitem__)
         if back != list(range(len(order))):
             cache.keep(back)
@@ -166,19 +176,25 @@ class DecodeModel:
     @torch.inference_mode()
     def forward(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits [T, V] at every position of every prompt: the full recompute that decoding is checked against."""
-        hidden_N, rows, _ = self._read(prompts, 0)
+        hidden_N, rows, _ = self._read(prompts, 0, None)
         return list(self._logits(hidden_N).split(rows.lengths))
 
     @torch.inference_mode()
-    def step(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place."""
+    def step(self, tokens_B: torch.Tensor, cache: Cache, experts: list[bytes] | None = None) -> torch.Tensor:
+        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place.
+
+        `experts` gets for each row those that this token used, uint8 [MoE layers, top-k].
+        """
         hidden_BH = F.embedding(tokens_B, self.embeddings)
+        noted: Noted = None if experts is None else []
         for layer, state in zip(self.layers, cache.states, strict=True):
-            hidden_BH = layer.step(hidden_BH, state, cache.lengths)
+            hidden_BH = layer.step(hidden_BH, state, cache.lengths, noted)
+        if experts is not None:
+            experts += _by_row(noted, [1] * len(cache.lengths))
         cache.lengths = [length + 1 for length in cache.lengths]
         return self._logits(hidden_BH)
 
-    def _read(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[torch.Tensor, Rows, Cache]:
+    def _read(self, prompts: Sequence[Sequence[int]], room: int, noted: Noted) -> tuple[torch.Tensor, Rows, Cache]:
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("prefill: every prompt needs at least one token")
         rows = Rows.of([len(prompt) for prompt in prompts])
@@ -186,13 +202,20 @@ class DecodeModel:
         hidden_N = F.embedding(flat, self.embeddings)
         states: list[LayerState] = []
         for layer in self.layers:
-            hidden_N, state = layer.prefill(hidden_N, rows, room)
+            hidden_N, state = layer.prefill(hidden_N, rows, room, noted)
             states.append(state)
         return hidden_N, rows, Cache(list(rows.lengths), states)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = F.rms_norm(hidden, (self.config.hidden_size,), self.norm_f, self.config.layer_norm_epsilon)
         return project(normed, self.lm_head)
+
+
+def _by_row(noted: Noted, lengths: Sequence[int]) -> list[bytes]:
+    """The choices of all layers [N, top-k], row by row: uint8 [tokens, MoE layers, top-k]; empty when not noted."""
+    if not noted:
+        return [b""] * len(lengths)
+    return [part.numpy().tobytes() for part in torch.stack(noted, 1).split(list(lengths))]
 
 
 def named_from(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -99,13 +99,17 @@ class LayerState(Protocol):
         """The rows of `others` below these."""
 
 
+Noted = list[torch.Tensor] | None
+"""Where a layer of experts appends its choice, uint8 [tokens, top-k], when somebody asks."""
+
+
 class Layer(Protocol):
     """One residual block."""
 
-    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int) -> tuple[torch.Tensor, LayerState]:
+    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int, noted: Noted = None) -> tuple[torch.Tensor, LayerState]:
         """Read whole prompts."""
 
-    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int]) -> torch.Tensor:
+    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int], noted: Noted = None) -> torch.Tensor:
         """Read one token per row; `lengths` are the tokens read before."""
 
 
@@ -175,7 +179,7 @@ class MambaLayer:
         normed = F.rms_norm(gated, gated.shape[-1:], None, self.eps)
         return x + project(normed.view(-1, self.inner), self.out_proj)
 
-    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int) -> tuple[torch.Tensor, MambaState]:
+    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int, noted: Noted = None) -> tuple[torch.Tensor, MambaState]:
         gate_N, mixed_N, dt_N = self._project(x_N)
         past = len(self.taps) - 1
         padded = rows.pad(mixed_N, before=past)  # [B, k-1+T, C]
@@ -194,7 +198,7 @@ class MambaLayer:
         window = [padded[each, lengths + offset] for offset in range(past)]
         return self._finish(x_N, y_N, gate_N), MambaState(window, ssm)
 
-    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int]) -> torch.Tensor:
+    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int], noted: Noted = None) -> torch.Tensor:
         assert isinstance(state, MambaState)
         rows, per_group = len(lengths), self.heads // self.groups
         gate, mixed, dt = self._project(x_B)
@@ -264,7 +268,9 @@ class AttentionLayer:
         heads = project(normed, self.qkv).unflatten(-1, (self.heads + 2 * self.kv_heads, self.width))
         return list(heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-2))
 
-    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int) -> tuple[torch.Tensor, AttentionState]:
+    def prefill(
+        self, x_N: torch.Tensor, rows: Rows, room: int, noted: Noted = None
+    ) -> tuple[torch.Tensor, AttentionState]:
         q, k, v = (rows.pad(part).transpose(1, 2) for part in self._project(x_N))  # [B, heads, T, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         position = torch.arange(rows.longest) >= torch.tensor(rows.lengths)[:, None]
@@ -275,7 +281,7 @@ class AttentionLayer:
         out_N = rows.pack(out.transpose(1, 2)).flatten(1)
         return x_N + project(out_N, self.o_proj), state
 
-    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int]) -> torch.Tensor:
+    def step(self, x_B: torch.Tensor, state: LayerState, lengths: list[int], noted: Noted = None) -> torch.Tensor:
         assert isinstance(state, AttentionState)
         rows, read = len(lengths), blocks(max(lengths) + 1)
         if read > state.keys.shape[2]:
@@ -320,12 +326,14 @@ class MoeLayer:
         weights = scores.gather(1, chosen)
         return chosen, weights * (self.scale / (weights.sum(-1, keepdim=True) + 1e-20))
 
-    def _mix(self, x: torch.Tensor) -> torch.Tensor:
+    def _mix(self, x: torch.Tensor, noted: Noted) -> torch.Tensor:
         """Tokens sorted by expert, one product per expert that anyone chose: a top-2 of 8 does a quarter of the dense
         work.
         """
         normed = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
         chosen, weights = self._route(normed)
+        if noted is not None:
+            noted.append(chosen.to(torch.uint8))
         flat = chosen.view(-1)
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=self.experts).tolist()
@@ -344,8 +352,8 @@ class MoeLayer:
         mixed = project(shared.mul_(shared), self.shared_down).index_add_(0, token, routed)
         return mixed.add_(x)
 
-    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int) -> tuple[torch.Tensor, NoState]:
-        return self._mix(x_N), NoState()
+    def prefill(self, x_N: torch.Tensor, rows: Rows, room: int, noted: Noted = None) -> tuple[torch.Tensor, NoState]:
+        return self._mix(x_N, noted), NoState()
 
-    def step(self, x_B: torch.Tensor, state: LayerState, lengths: Sequence[int]) -> torch.Tensor:
-        return self._mix(x_B)
+    def step(self, x_B: torch.Tensor, state: LayerState, lengths: Sequence[int], noted: Noted = None) -> torch.Tensor:
+        return self._mix(x_B, noted)

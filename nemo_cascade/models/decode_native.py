@@ -10,14 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +20,9 @@ import torch.nn.functional as F
 
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.decode import Cache, DecodeModel, check_weights, compaction
+from nemo_cascade.models.native import compiled
 
-LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode_step.c")
-# Tuning for AMD Zen makes gcc avoid chains of fused multiply-adds, which halves the speed of the products here.
-FLAGS = (
-    "-O3", "-march=native", "-mtune=generic", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp-simd",
-    "-fno-math-errno", "-fno-trapping-math",
-)  # fmt: skip
-COMPILE_DEADLINE_S = 120
 ROWS, COLS, SLOTS = 4, 32, 12  # as in the C file
 PREFILL_ROWS = 128  # prompts read side by side
 ROOM = 32  # attention positions are allocated in multiples of this
@@ -63,46 +50,17 @@ class _Batch(ctypes.Structure):
         ("kv_stride", ctypes.c_int64),
         ("room", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
     ]
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None where it cannot be had; says once which it is."""
-    if os.environ.get("NEMO_CASCADE_NATIVE", "1") == "0":
-        LOG.info("decoding in plain PyTorch (NEMO_CASCADE_NATIVE=0)")
-        return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        LOG.info("decoding in plain PyTorch: no C compiler")
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        LOG.warning("decoding in plain PyTorch: the C step could not be built: %s", error)
-        return None
-    loaded.scratch_size.restype = ctypes.c_int64
-    LOG.info("decoding with the compiled step")
+    loaded = compiled(SOURCE, "decoding")
+    if loaded is not None:
+        loaded.scratch_size.restype = ctypes.c_int64
     return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    """The shared object for this source, compiler and processor, in the user's cache; built aside and renamed."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    abilities = next((line for line in lines if line.startswith("flags")), "")
-    identity = "|".join([SOURCE.read_text(), compiler, platform.machine(), abilities, *FLAGS])
-    key = hashlib.sha256(identity.encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_cascade"
-    target = cache / f"decode_step_{key[:16]}.so"
-    if not target.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            built = Path(aside) / "step.so"
-            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_DEADLINE_S)
-            built.replace(target)
-    return target
 
 
 @dataclass
@@ -167,9 +125,15 @@ class NativeModel:
         window = (config.conv_kernel - 1) * config.conv_channels
         self._fixed_size = len(config.layers("M")) * (window + config.mamba_inner * config.ssm_state_size)
         self._kv_shape = (len(config.layers("*")), 2 * config.num_key_value_heads * config.head_dim)
+        self._chosen = len(config.layers("E")) * config.num_experts_per_tok
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int = 0) -> tuple[torch.Tensor, NativeCache]:
-        """Read prompts of any lengths; logits [B, V] after each one's last token, and the cache to decode from."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], room: int = 0, experts: list[bytes] | None = None
+    ) -> tuple[torch.Tensor, NativeCache]:
+        """Read prompts of any lengths; logits [B, V] after each one's last token, and the cache to decode from.
+
+        `experts` gets for each prompt the experts that its tokens used, uint8 [tokens, MoE layers, top-k].
+        """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("prefill: every prompt needs at least one token")
         lengths = [len(prompt) for prompt in prompts]
@@ -180,6 +144,7 @@ class NativeModel:
             torch.zeros(len(prompts), layers, _rounded(max(lengths) + room), width),
         )
         last_BH = torch.empty(len(prompts), self.config.hidden_size)
+        found = [b""] * len(prompts)
         longest_first = sorted(range(len(prompts)), key=lambda row: -lengths[row])
         for start in range(0, len(prompts), PREFILL_ROWS):
             rows = longest_first[start : start + PREFILL_ROWS]
@@ -188,28 +153,48 @@ class NativeModel:
             for place, row in enumerate(rows):
                 tokens[place, : lengths[row]] = torch.tensor(prompts[row])
             active = len(rows)
+            shape = (tokens.shape[1], len(rows), self._chosen)
+            noted = None if experts is None else torch.empty(shape, dtype=torch.uint8)
             for at in range(lengths[rows[0]]):
                 while lengths[rows[active - 1]] <= at:
                     active -= 1
                 read = torch.full((active,), at, dtype=torch.int64)
-                hidden = self._advance(tokens[:active, at], cache, index[:active], read)
+                used = None if noted is None else noted[at]
+                hidden = self._advance(tokens[:active, at], cache, index[:active], read, used)
                 ended = [place for place in range(active) if lengths[rows[place]] == at + 1]
                 if ended:
                     last_BH[index[ended]] = hidden[ended]
+            if noted is not None:
+                for place, row in enumerate(rows):
+                    found[row] = noted[: lengths[row], place].numpy().tobytes()
+        if experts is not None:
+            experts += found
         return self._logits(last_BH), cache
 
-    def step(self, tokens_B: torch.Tensor, cache: NativeCache) -> torch.Tensor:
-        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place."""
+    def step(self, tokens_B: torch.Tensor, cache: NativeCache, experts: list[bytes] | None = None) -> torch.Tensor:
+        """Feed one token per row; logits [B, V] of the next one. Updates the cache in place.
+
+        `experts` gets for each row those that this token used, uint8 [MoE layers, top-k].
+        """
         if max(cache.lengths) >= cache.kv.shape[2]:
             cache.grow(_rounded(2 * max(cache.lengths)))
         rows = len(cache.lengths)
-        hidden = self._advance(tokens_B, cache, torch.arange(rows), torch.tensor(cache.lengths))
+        used = None if experts is None else torch.empty(rows, self._chosen, dtype=torch.uint8)
+        hidden = self._advance(tokens_B, cache, torch.arange(rows), torch.tensor(cache.lengths), used)
+        if experts is not None and used is not None:
+            experts += [own.tobytes() for own in used.numpy()]
         cache.lengths = [length + 1 for length in cache.lengths]
         return self._logits(hidden)
 
     def _advance(
-        self, tokens: torch.Tensor, cache: NativeCache, index: torch.Tensor, lengths: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        cache: NativeCache,
+        index: torch.Tensor,
+        lengths: torch.Tensor,
+        used: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Hidden states [rows, hidden] after one token each; `used` [rows, MoE layers * top-k] is filled when given."""
         rows = len(tokens)
         hidden = torch.zeros(-(-rows // ROWS) * ROWS, self.config.hidden_size)
         torch.index_select(self._embeddings, 0, tokens, out=hidden[:rows])
@@ -219,6 +204,7 @@ class NativeModel:
         batch = _Batch(
             rows, index.data_ptr(), lengths.data_ptr(), cache.fixed.data_ptr(), cache.fixed.stride(0),
             cache.kv.data_ptr(), cache.kv.stride(0), cache.kv.shape[2], cache.scratch.data_ptr(),
+            None if used is None else used.data_ptr(),
         )  # fmt: skip
         self._loaded.step(
             ctypes.byref(self._struct),

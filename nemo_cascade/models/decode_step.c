@@ -35,6 +35,7 @@ typedef struct {
     float *kv; /* [row][attention layer][room][2 * kv_heads * head_dim] */
     int64_t kv_stride, room;
     float *scratch;
+    uint8_t *experts; /* [row][layer of experts][chosen]: written when somebody asked, else NULL */
 } Batch;
 
 static int64_t padded(int64_t n) { return (n + COLS - 1) / COLS * COLS; }
@@ -181,7 +182,7 @@ static void squared_relu(int64_t count, float *x) {
 }
 
 static void experts(const Config *c, const float *w, const int64_t *at, int64_t rows, const float *normed, float *x,
-                    float *scratch) {
+                    float *scratch, uint8_t *noted, int64_t noted_stride) {
     int64_t hidden = c->hidden, out_stride = padded(hidden), slots = rows * c->chosen;
     int64_t rows_up = (rows + ROWS - 1) / ROWS * ROWS;
     float *wide = scratch, *out = wide + rows_up * padded(c->shared_width > c->expert_width ? c->shared_width : c->expert_width);
@@ -191,6 +192,9 @@ static void experts(const Config *c, const float *w, const int64_t *at, int64_t 
     product(rows_up, hidden, c->experts, normed, hidden, w + at[GATE], logits);
     for (int64_t row = 0; row < rows; row++)
         choose(c, logits + row * padded(c->experts), w + at[GATE_BIAS], chosen + row * c->chosen, weight + row * c->chosen);
+    for (int64_t row = 0; noted && row < rows; row++)
+        for (int64_t slot = 0; slot < c->chosen; slot++)
+            noted[row * noted_stride + slot] = (uint8_t)chosen[row * c->chosen + slot];
     product(rows_up, hidden, c->shared_width, normed, hidden, w + at[SHARED_UP], wide);
     squared_relu(rows_up * padded(c->shared_width), wide);
     product(rows_up, c->shared_width, hidden, wide, padded(c->shared_width), w + at[SHARED_DOWN], out);
@@ -230,13 +234,16 @@ void step(const Config *c, const char *kinds, const float *w, const int64_t *off
     int64_t inner = c->mamba_heads * c->mamba_width, channels = inner + 2 * c->groups * c->state;
     int64_t window_size = (c->taps - 1) * channels, ssm_size = inner * c->state;
     int64_t kv_layer = batch->room * 2 * c->kv_heads * c->head_dim, mamba_seen = 0, attention_seen = 0;
+    int64_t noted_stride = 0, noted_seen = 0;
+    for (int64_t layer = 0; layer < c->num_layers; layer++) noted_stride += kinds[layer] == 'E' ? c->chosen : 0;
     float *normed = batch->scratch, *rest = normed + rows_up * hidden;
     for (int64_t layer = 0; layer < c->num_layers; layer++) {
         const int64_t *at = offsets + layer * SLOTS;
         for (int64_t row = 0; row < rows_up; row++)
             rms_norm(hidden, x + row * hidden, w + at[NORM], c->eps, normed + row * hidden);
         if (kinds[layer] == 'E') {
-            experts(c, w, at, rows, normed, x, rest);
+            experts(c, w, at, rows, normed, x, rest, batch->experts ? batch->experts + noted_seen : 0, noted_stride);
+            noted_seen += c->chosen;
             continue;
         }
         int is_mamba = kinds[layer] == 'M';

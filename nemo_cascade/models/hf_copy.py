@@ -116,8 +116,8 @@ def copy_folder(
                 write_parts(writer, name, header.shape, dtype, read_parts(header))
 
     aside = folder.with_name(f".{folder.name}.partial")
-    extras = Extras(config, Path(tokenizer_from) if tokenizer_from else source, shard_bytes, _identity(source))
-    with _only_writer(aside, folder):
+    extras = Extras(config, Path(tokenizer_from) if tokenizer_from else source, shard_bytes, identity_of(source))
+    with only_writer(aside, folder):
         try:
             return write_folder(folder, aside, plan, fill, extras, progress)
         except (OSError, UserError):
@@ -125,14 +125,14 @@ def copy_folder(
             raise
 
 
-def _identity(folder: Path) -> str:
+def identity_of(folder: Path) -> str:
     """What tells whether a folder is still the one that an interrupted copy read: names, sizes and times."""
     files = [folder / "config.json", *weight_files(folder)]
     return "\n".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 @contextlib.contextmanager
-def _only_writer(aside: Path, folder: Path) -> Iterator[None]:
+def only_writer(aside: Path, folder: Path) -> Iterator[None]:
     """One conversion per target at a time; the lock goes with the process, however it ends."""
     lock = aside.with_suffix(".lock")
     try:

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
 from nemo_cascade.models.context import RowCut
+from nemo_cascade.models.mixer_native import MixerSizes, mix
 from nemo_cascade.models.norms import gated_rms_norm
 from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
@@ -98,6 +99,7 @@ class Mamba2Mixer(MegatronModule):
         self.groups = config.mamba_num_groups // ranks
         self.inner = self.heads * self.head_dim
         self.conv_dim = self.inner + 2 * self.groups * self.state
+        self.sizes = MixerSizes(self.heads, self.head_dim, self.groups, self.state, shape.conv_kernel, shape.norm_eps)
         self.scan_ranks, self.scan_rank = pg_collection.cp.size(), pg_collection.cp.rank()
         self.in_proj = build_module(
             submodules.in_proj,
@@ -163,6 +165,12 @@ class Mamba2Mixer(MegatronModule):
         assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
         projected, _ = self.in_proj(hidden_states)
         row = projected.view(projected.shape[0], -1)
+        if packed_seq_params.cut is None and self.sizes.usable(row):
+            conv = self.conv1d.weight.squeeze(1)
+            weights = (conv, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
+            mixed = mix(row, weights, packed_seq_params.cu_seqlens_q.tolist(), self.sizes)
+            output, bias = self.out_proj(mixed.unsqueeze(1))
+            return output, bias
         z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
         if packed_seq_params.cut is None:
             y = self._scan_row(mixed, packed_seq_params.layout, self.scan_weights())

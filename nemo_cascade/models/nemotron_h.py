@@ -11,7 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.mamba import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -92,6 +95,32 @@ class NemotronH(MambaModel):
         """This pipeline stage on its tokens: hidden states [t, 1, hidden], or on the last stage logits [t, vocabulary]
         in fp32.
         """
+        output = self._layers_of(row)
+        if not self.post_process:
+            return output
+        logits = output.squeeze(0)
+        if self.pg_collection.tp.size() > 1:
+            logits = gather_from_tensor_model_parallel_region(logits)
+        return logits.float()
+
+    def hidden(self, row: Row) -> torch.Tensor:
+        """What the last pipeline stage's output layer would read [t, hidden], for `learner/output.py`.
+
+        Every tensor-parallel rank gets all t tokens; gradients are summed over these ranks, each giving what follows
+        from its part of the vocabulary.
+        """
+        assert self.post_process, "only the last pipeline stage has an output layer"
+        self.post_process = False  # Megatron's forward then ends before the output layer
+        try:
+            hidden_t1H = self._layers_of(row)
+        finally:
+            self.post_process = True
+        if self.config.sequence_parallel:
+            hidden_t1H = gather_from_sequence_parallel_region(hidden_t1H, group=self.pg_collection.tp)
+        return hidden_t1H.squeeze(1)
+
+    def _layers_of(self, row: Row) -> torch.Tensor:
+        """Megatron's forward of a row."""
         with counting_only(self, self._counted(row)):
             output: torch.Tensor = self(
                 input_ids=row.tokens_t.unsqueeze(0),
@@ -99,12 +128,7 @@ class NemotronH(MambaModel):
                 attention_mask=None,
                 packed_seq_params=row.packed,
             )
-        if not self.post_process:
-            return output
-        logits = output.squeeze(0)
-        if self.pg_collection.tp.size() > 1:
-            logits = gather_from_tensor_model_parallel_region(logits)
-        return logits.float()
+        return output
 
     def packed_logits(
         self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, routing: Routing | None = None

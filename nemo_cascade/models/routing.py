@@ -23,10 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from nemo_cascade.types import UserError
-
-NO_CHOICE = 255
-"""Where no expert is known (padding, a token the sampler never read) the router chooses. So at most 255 experts."""
+from nemo_cascade.types import NO_CHOICE, UserError
 
 NO_REPLAY = (
     "routing_replay: does not work with hardware.pipeline_parallel or hardware.context_parallel above 1; set it to none"
@@ -127,10 +124,16 @@ class MoETransformerLayer(TransformerLayer):
         self.moe_index = moe_layers.index(self.layer_number)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer."""
+        """As TransformerLayer; UserError where the router would run again after the call, without the Routing."""
         routing = getattr(kwargs.get("packed_seq_params"), "routing", None)
         if routing is None:
             return super().forward(*args, **kwargs)
+        granularity, selected = self.config.recompute_granularity, self.config.recompute_modules or ()
+        if granularity == "full" or (granularity == "selective" and "moe" in selected):
+            raise UserError(
+                "routing_replay: does not work with activation recomputation of the experts (recompute_granularity), "
+                "whose second pass would choose others; set it to none"
+            )
         router = self.mlp.router
         router.router_replay = _LayerRouting(routing, self.moe_index)
         try:

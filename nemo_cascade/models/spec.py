@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class LocalStack(MambaStack):
 def layer_spec(name: str, config: NemotronHConfig) -> ModuleSpec:
     """The stack spec called `name` (hardware.layer_spec): local or te."""
     if name == "local":
-        return _local_spec(config)
+        return stack_spec(config, LOCAL)
     if name == "te":
         return _te_spec(config)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
@@ -62,45 +63,71 @@ def _mixer_shape(config: NemotronHConfig) -> MixerShape:
     )
 
 
-def _local_spec(config: NemotronHConfig) -> ModuleSpec:
-    """PyTorch mixers between Megatron's parallel linear layers."""
+@dataclass(frozen=True)
+class Parts:
+    """What the two specs put into the same places of the stack.
+
+    `column` and `row` are linear layers cut over tensor-parallel ranks by output and by input; `mamba_norm` stands
+    where the layer passes its norm no epsilon.
+    """
+
+    stack: Any
+    mixer: Any
+    column: Any
+    row: Any
+    core_attention: Any
+    experts: Any
+    norm: Any
+    mamba_norm: Any
+
+
+def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
+    """The stack of a NemotronH from these parts. Norms are modules of their own, and only experts differ in names."""
     mixer = ModuleSpec(
-        module=Mamba2Mixer,
+        module=parts.mixer,
         params={"shape": _mixer_shape(config)},
-        submodules=MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        submodules=MixerSubmodules(in_proj=parts.column, out_proj=parts.row),
     )
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+            linear_qkv=parts.column, core_attention=parts.core_attention, linear_proj=parts.row
         ),
     )
     shared = ModuleSpec(
-        module=SharedExpertMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        module=SharedExpertMLP, submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
     )
-    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=LocalExperts, shared_experts=shared))
+    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=parts.experts, shared_experts=shared))
     return ModuleSpec(
-        module=LocalStack,
+        module=parts.stack,
         submodules=MambaStackSubmodules(
             mamba_layer=ModuleSpec(
                 module=MambaLayer,
-                submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+                submodules=MambaLayerSubmodules(norm=parts.mamba_norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
             ),
             attention_layer=ModuleSpec(
                 module=TransformerLayer,
                 submodules=TransformerLayerSubmodules(
-                    input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+                    input_layernorm=parts.norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
                 ),
             ),
             moe_layer=ModuleSpec(
                 module=MoETransformerLayer,
                 params={"moe_layers": tuple(layer + 1 for layer in config.layers("E"))},
-                submodules=TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=parts.norm, mlp=moe, mlp_bda=get_bias_dropout_add
+                ),
             ),
         ),
     )
+
+
+LOCAL = Parts(
+    stack=LocalStack, mixer=Mamba2Mixer, column=ColumnParallelLinear, row=RowParallelLinear,
+    core_attention=CoreAttention, experts=LocalExperts, norm=RMSNorm, mamba_norm=RMSNorm,
+)  # fmt: skip
+"""PyTorch mixers between Megatron's parallel linear layers."""
 
 
 def _te_spec(config: NemotronHConfig) -> ModuleSpec:
@@ -110,6 +137,6 @@ def _te_spec(config: NemotronHConfig) -> ModuleSpec:
             "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; "
             "run in the GPU container or set layer_spec: local"
         )
-    from nemo_cascade.models.te import te_spec
+    from nemo_cascade.models.te import te_parts
 
-    return te_spec(config, _mixer_shape(config))
+    return stack_spec(config, te_parts(config))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
@@ -24,24 +23,17 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_block import MambaStack
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.mamba import Mamba2Mixer, MixerShape, MixerSubmodules
+from nemo_cascade.models.mamba import Mamba2Mixer
 from nemo_cascade.models.moe import counted_as_dense
-from nemo_cascade.models.routing import MoETransformerLayer
+from nemo_cascade.models.spec import Parts
 
 LOG = logging.getLogger(__name__)
 
@@ -76,47 +68,18 @@ def mixer_class() -> type[Mamba2Mixer]:
     return KernelMixer
 
 
-def te_spec(config: NemotronHConfig, shape: MixerShape) -> ModuleSpec:
-    """The stack of a NemotronH on Transformer Engine; needs bf16."""
-    norm = ModuleSpec(module=TENorm, params={"eps": config.layer_norm_epsilon})
-    mixer = ModuleSpec(
-        module=mixer_class(),
-        params={"shape": shape},
-        submodules=MixerSubmodules(in_proj=TEColumnParallelLinear, out_proj=TERowParallelLinear),
-    )
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=TEColumnParallelLinear, core_attention=TEDotProductAttention, linear_proj=TERowParallelLinear
+def te_parts(config: NemotronHConfig) -> Parts:
+    """Transformer Engine's part of the stack; needs bf16."""
+    return Parts(
+        stack=MambaStack,
+        mixer=mixer_class(),
+        column=TEColumnParallelLinear,
+        row=TERowParallelLinear,
+        core_attention=TEDotProductAttention,
+        experts=ModuleSpec(
+            module=TEExperts,
+            submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
         ),
-    )
-    shared = ModuleSpec(
-        module=SharedExpertMLP,
-        submodules=MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear),
-    )
-    experts: Any = ModuleSpec(
-        module=TEExperts,
-        submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
-    )
-    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
-    return ModuleSpec(
-        module=MambaStack,
-        submodules=MambaStackSubmodules(
-            mamba_layer=ModuleSpec(
-                module=MambaLayer,
-                submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
-            ),
-            attention_layer=ModuleSpec(
-                module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    input_layernorm=TENorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
-                ),
-            ),
-            moe_layer=ModuleSpec(
-                module=MoETransformerLayer,
-                params={"moe_layers": tuple(layer + 1 for layer in config.layers("E"))},
-                submodules=TransformerLayerSubmodules(pre_mlp_layernorm=TENorm, mlp=moe, mlp_bda=get_bias_dropout_add),
-            ),
-        ),
+        norm=TENorm,
+        mamba_norm=ModuleSpec(module=TENorm, params={"eps": config.layer_norm_epsilon}),
     )

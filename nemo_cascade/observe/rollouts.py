@@ -1,7 +1,9 @@
 """Rollouts on disk: one JSON line each, complete, so that a step can be read by a person or trained on again.
 
 `rollouts/step_000012.jsonl` of a stage folder, `step_000012.3.jsonl` for the data-parallel replica 3. Lists hold one
-entry per token in the order the model saw them.
+entry per token in the order the model saw them. The experts by which the tokens were sampled (routing_replay: sampler)
+lie beside it in `step_000012.npz`: one array `GROUP.SAMPLE` per rollout, uint8 [tokens, MoE layers * top-k], 255 where
+none is known.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +40,20 @@ def rollouts_file(stage_folder: Path, step: int, replica: int = 0) -> Path:
     return stage_folder / FOLDER / f"step_{step:06d}{part}.jsonl"
 
 
+def experts_file(stage_folder: Path, step: int, replica: int = 0) -> Path:
+    """Where the experts of a step's rollouts are, if they were recorded."""
+    return rollouts_file(stage_folder, step, replica).with_suffix(".npz")
+
+
 def step_of(path: Path) -> int:
     """The step of a rollouts file."""
     return int(path.name.split("_")[1].split(".")[0])
 
 
-def recorded_steps(stage_folder: Path) -> list[int]:
-    """The steps whose rollouts were kept, ascending."""
-    return sorted({step_of(path) for path in (stage_folder / FOLDER).glob("step_*.jsonl")})
+def recorded_steps(stage_folder: Path, experts: bool = False) -> list[int]:
+    """The steps whose rollouts (with `experts`: whose rollouts' experts) were kept, ascending."""
+    suffix = "npz" if experts else "jsonl"
+    return sorted({step_of(path) for path in (stage_folder / FOLDER).glob(f"step_*.{suffix}")})
 
 
 def recorded_replicas(stage_folder: Path, step: int) -> int:
@@ -57,6 +66,7 @@ def drop_rollouts(stage_folder: Path, start: int, replica: int = 0) -> None:
     for step in recorded_steps(stage_folder):
         if step >= start:
             rollouts_file(stage_folder, step, replica).unlink(missing_ok=True)
+            experts_file(stage_folder, step, replica).unlink(missing_ok=True)
 
 
 def write_rollouts(
@@ -69,6 +79,7 @@ def write_rollouts(
     """Write a step's groups; `advantages_P_G` (one number per rollout) is kept for the reader when given."""
     path = rollouts_file(stage_folder, step, replica)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_experts(experts_file(stage_folder, step, replica), groups_P)  # first: who sees the rollouts has them too
     aside = path.with_suffix(f".{os.getpid()}.part")
     with aside.open("w") as file:
         for index, group in enumerate(groups_P):
@@ -78,6 +89,45 @@ def write_rollouts(
                 row = {**place, **row_of(rollout), "in_loss": in_loss, "advantage": advantage}
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
     aside.replace(path)
+
+
+def _write_experts(path: Path, groups_P: Sequence[Group]) -> None:
+    """The experts of every rollout that brought them; no file when none did."""
+    found = {
+        f"{index}.{rollout.sample}": rollout
+        for index, group in enumerate(groups_P)
+        for rollout in group.rollouts
+        if rollout.routed_experts
+    }
+    if not found:
+        path.unlink(missing_ok=True)
+        return
+    import numpy as np
+
+    arrays = {
+        name: np.frombuffer(rollout.routed_experts, dtype=np.uint8).reshape(len(rollout.token_ids), -1)
+        for name, rollout in found.items()
+    }
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    with aside.open("wb") as file:
+        np.savez(file, **arrays)
+    aside.replace(path)
+
+
+def _read_experts(path: Path) -> dict[str, bytes]:
+    """What `_write_experts` wrote: the array of each rollout as bytes."""
+    import numpy as np
+
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name].tobytes() for name in arrays.files}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file, so these rollouts do not say by which experts they were sampled; set "
+            "routing_replay to learner, or record them again with routing_replay: sampler"
+        ) from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: the recorded experts cannot be read: {error}") from error
 
 
 def read_rows(stage_folder: Path, step: int, replica: int | None = None) -> Iterator[dict[str, Any]]:
@@ -94,14 +144,20 @@ def read_rows(stage_folder: Path, step: int, replica: int | None = None) -> Iter
                 yield json.loads(line)
 
 
-def read_groups(stage_folder: Path, step: int, replica: int | None = None) -> list[Group]:
-    """The groups of a step as they were trained on; of all replicas unless one is named."""
+def read_groups(stage_folder: Path, step: int, replica: int | None = None, experts: bool = False) -> list[Group]:
+    """The groups of a step as they were trained on; of all replicas unless one is named.
+
+    With `experts` the rollouts bring those by which they were sampled; UserError where they were not recorded.
+    """
     by_group: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in read_rows(stage_folder, step, replica):
         by_group.setdefault((row["replica"], row["group"]), []).append(row)
+    names = {name for name, _ in by_group} if experts else set()
+    recorded = {name: _read_experts(experts_file(stage_folder, step, name)) for name in names}
     groups = []
-    for rows in by_group.values():
-        rollouts_G = tuple(rollout_of(row) for row in rows)
+    for (name, group), rows in by_group.items():
+        own = recorded.get(name, {})
+        rollouts_G = tuple(rollout_of(row, own.get(f"{group}.{row['sample']}", b"")) for row in rows)
         groups.append(Group(rollouts_G[0].task, rollouts_G, tuple(row["in_loss"] for row in rows)))
     return groups
 
@@ -128,8 +184,8 @@ def row_of(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def rollout_of(row: Mapping[str, Any]) -> Rollout:
-    """The rollout of a row written by `row_of`."""
+def rollout_of(row: Mapping[str, Any], experts: bytes = b"") -> Rollout:
+    """The rollout of a row written by `row_of`, with what its side file says."""
     messages = tuple(message_of(message) for message in row["messages"])
     return Rollout(
         task=task_of(row["task"]),
@@ -142,6 +198,7 @@ def rollout_of(row: Mapping[str, Any]) -> Rollout:
         outcome=outcome_of(row["outcome"]),
         sampling_seconds=row["sampling_seconds"],
         reward_seconds=row["reward_seconds"],
+        routed_experts=experts,
     )
 
 

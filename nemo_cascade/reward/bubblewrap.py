@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from nemo_cascade.reward import fork_server
+from nemo_cascade.reward import fork_server, wire
 from nemo_cascade.types import UserError
 
 Mode = Literal["root", "user"]
@@ -73,16 +73,21 @@ def _server_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _compiled_server() -> Path:
-    """The fork server as bytecode: compiling it anew in each sandbox would cost as much as the fork it saves.
+    """A folder with the fork server as bytecode: compiling it in each sandbox would cost as much as the fork it saves.
 
-    Written again if it has gone: a forked child that exits normally takes the temporary folder along.
+    What it imports of the package lies beside it under its own name. Written again if it has gone: a forked child that
+    exits normally takes the temporary folder along.
     """
-    target = Path(_server_folder().name, "fork_server.pyc")
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        py_compile.compile(str(Path(fork_server.__file__)), cfile=str(target), doraise=True)
-        target.chmod(0o644)
-    return target
+    folder = Path(_server_folder().name, "server")
+    for module, name in ((fork_server, "fork_server.pyc"), (wire, f"{wire.__name__.replace('.', '/')}.pyc")):
+        target = folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            py_compile.compile(str(Path(module.__file__)), cfile=str(target), doraise=True)
+            target.chmod(0o644)
+    for path in (folder, *folder.rglob("*/")):
+        path.chmod(0o755)
+    return folder
 
 
 def _sandbox_uid() -> int:
@@ -102,14 +107,14 @@ def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]
         arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         arguments += ["--unshare-all", "--unshare-user"]
-    arguments += [*_system_binds(), "--ro-bind", str(server), "/run/fork_server.pyc"]
+    arguments += [*_system_binds(), "--ro-bind", str(server), "/run/server"]
     for path in read_only:
         arguments += [*_readable_parents(path), "--ro-bind", str(path), str(path)]
     arguments += ["--dev", "/dev", "--perms", "1777", "--size", str(scratch_mb << 20), "--tmpfs", "/tmp"]
     for name, value in (("PATH", "/run/bin:/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8")):
         arguments += ["--setenv", name, value]
     arguments += ["--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONDONTWRITEBYTECODE", "1"]
-    arguments += ["--remount-ro", "/", "--chdir", "/tmp", str(_python()), "-s", "-P", "-S", "/run/fork_server.pyc"]
+    arguments += ["--remount-ro", "/", "--chdir", "/tmp", str(_python()), "-s", "-S", "/run/server/fork_server.pyc"]
     return [*arguments, str(_sandbox_uid() if mode == "root" else NO_USER)]
 
 
@@ -161,7 +166,7 @@ class Server:
         if self.closed:
             raise EOFError("the sandbox is closed")
         deadline = time.monotonic() + seconds
-        view = memoryview(fork_server.encode(fields))
+        view = memoryview(wire.encode(fields))
         while view:
             self._wait(self._in.fileno(), select.POLLOUT, deadline)
             written = self._in.write(view)
@@ -172,7 +177,7 @@ class Server:
         (size,) = struct.unpack("!I", self._read(4, deadline))
         if size > MAX_ANSWER:
             raise ValueError(f"the sandbox announced an answer of {size} bytes")
-        return fork_server.decode(self._read(size, deadline))
+        return wire.decode(self._read(size, deadline))
 
     def _read(self, size: int, deadline: float) -> bytes:
         data = bytearray()

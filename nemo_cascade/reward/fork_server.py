@@ -1,11 +1,11 @@
 """Runs inside the sandbox: forks one limited process per request and reports what became of it.
 
-This file is compiled and bound into bubblewrap alone, so it imports nothing of the package and only modules that
-start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a frame is a
-list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory file and two pipes;
-every other descriptor is closed before the code starts. The server itself is not dumpable, so a child can neither
-trace it nor reach its memory; it can only kill it, which the host sees as end of file and counts against the
-submission.
+This file is compiled and bound into bubblewrap with `wire.py` alone, so it imports nothing else of the package and only
+modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a
+frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory file and two
+pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its children are
+not, so none can be traced or read by another; they can only be killed, which the host sees as end of file and counts
+against the submission.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import struct
 import sys
 import time
 
+from nemo_cascade.reward.wire import decode, encode, to_json
+
 WORK = "/tmp/work"
+SCRATCH = ("/tmp", "/dev/shm")  # where a program can write
 SYMLINK_MODE = 0o120000
 MAX_FRAME = 1 << 30
 STDERR_BYTES = 16384
@@ -26,26 +29,6 @@ RESULT_FD = 3
 PR_SET_DUMPABLE = 4
 SIGKILL = 9
 CPU_CLOCK = 2  # CPUCLOCK_SCHED: the kernel's exact CPU time of a whole process
-
-
-def encode(fields: list[bytes]) -> bytes:
-    """A frame: total length, then each field with its own length, all big-endian 32-bit."""
-    body = b"".join(struct.pack("!I", len(field)) + field for field in fields)
-    return struct.pack("!I", len(body)) + body
-
-
-def decode(body: bytes) -> list[bytes]:
-    """The fields of a frame without its total length; ValueError when the lengths do not add up."""
-    fields, at = [], 0
-    while at < len(body):
-        if at + 4 > len(body):
-            raise ValueError("frame ends inside a length")
-        (size,) = struct.unpack_from("!I", body, at)
-        if at + 4 + size > len(body):
-            raise ValueError("frame ends inside a field")
-        fields.append(body[at + 4 : at + 4 + size])
-        at += 4 + size
-    return fields
 
 
 def _read_exact(fd: int, size: int) -> bytes:
@@ -105,42 +88,6 @@ def _call(module: dict[str, object], name: str, arguments: bytes) -> bytes:
     return to_json(function(*marshal.loads(arguments))).encode()  # type: ignore[operator]
 
 
-def to_json(value: object) -> str:
-    """JSON without the json module, whose import would cost more than most calls.
-
-    Sets come sorted, other iterables as lists, subclasses as what they derive from; TypeError for anything else.
-    """
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return '"' + "".join(map(_escaped, str.__str__(value))) + '"'
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        text = float.__repr__(value)
-        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(text, text)
-    if isinstance(value, dict):
-        pairs = [f"{_key(key)}: {to_json(inner)}" for key, inner in value.items()]
-        return "{" + ", ".join(pairs) + "}"
-    items = sorted(value) if isinstance(value, (set, frozenset)) else list(value)  # type: ignore[call-overload]
-    return "[" + ", ".join(map(to_json, items)) + "]"
-
-
-def _key(key: object) -> str:
-    if isinstance(key, str):
-        return to_json(key)
-    if key is None or isinstance(key, (bool, int, float)):
-        return f'"{to_json(key)}"'
-    raise TypeError(f"a dictionary key of type {type(key).__name__} cannot be returned as JSON")
-
-
-def _escaped(char: str) -> str:
-    if " " <= char <= "~" and char not in '"\\':
-        return char
-    units = char.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
-
-
 def _execute(kind: bytes, payload: list[bytes]) -> int:
     """What the child does; returns its exit status."""
     if kind == b"argv":
@@ -176,13 +123,13 @@ def _finish() -> None:
         sys.stdout.flush()
 
 
-def _child(kind: bytes, payload: list[bytes], fds: tuple[int, int, int, int], limits: list[bytes]) -> None:
+def _child(kind: bytes, payload: list[bytes], fds: tuple[int, ...], limits: list[bytes]) -> None:
     """The forked process: never returns, whatever the untrusted code raises."""
     status = 1
     try:
         for target, fd in enumerate(fds):  # sources lie above 10, so no dup2 overwrites a later source
             os.dup2(fd, target)
-        os.closerange(RESULT_FD + 1, 256)
+        os.closerange(len(fds), 256)
         _set_limits(limits)
         done = _execute(kind, payload)
         _finish()
@@ -219,26 +166,51 @@ def _pipe() -> tuple[int, int]:
     return _high(read), _high(write)
 
 
+class Companion:
+    """A process that answers the calls of the next one: fork it first, and it never had the other's code in memory.
+
+    It reads calls on descriptor 0 and writes answers on 3; the next process reads answers on 0 and writes calls on 4.
+    """
+
+    waiting: Companion | None = None
+
+    def __init__(self, kind: bytes, limits: list[bytes], payload: list[bytes]) -> None:
+        calls, answers, nowhere = _pipe(), _pipe(), _high(os.open("/dev/null", os.O_WRONLY))
+        self.ends = answers[0], calls[1]
+        self.pid = os.fork()
+        if self.pid == 0:
+            _child(kind, payload, (calls[0], nowhere, nowhere, answers[1]), limits)
+        for fd in (calls[0], answers[1], nowhere):
+            os.close(fd)
+
+
 def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) -> list[bytes]:
     """One limited process from start to end: [status, exit code, cpu seconds, stdout, stderr, result]."""
-    given = _high(os.memfd_create("stdin"))
-    _write_all(given, stdin)
-    os.lseek(given, 0, os.SEEK_SET)
+    companion, Companion.waiting = Companion.waiting, None
+    given = companion.ends if companion else (_given(stdin),)
     pipes = [_pipe(), _pipe(), _pipe()]
     pid = os.fork()
     if pid == 0:
-        _child(kind, payload, (given, pipes[0][1], pipes[1][1], pipes[2][1]), limits)
-    os.close(given)
-    for _, write in pipes:
-        os.close(write)
+        _child(kind, payload, (given[0], pipes[0][1], pipes[1][1], pipes[2][1], *given[1:]), limits)
+    for fd in (*given, *(write for _, write in pipes)):
+        os.close(fd)
+    pids = (pid, companion.pid) if companion else (pid,)
     capture = [int(float(limits[4])), STDERR_BYTES, RESULT_BYTES]
-    outputs, cut = _watch(pid, [read for read, _ in pipes], capture, (float(limits[0]), float(limits[1])))
+    outputs, cut = _watch(pids, [read for read, _ in pipes], capture, (float(limits[0]), float(limits[1])))
     _, wait_status, usage = os.wait4(pid, 0)
+    cpu = usage.ru_utime + usage.ru_stime + sum(_cpu_used(other) for other in pids[1:])
     _kill_everyone()
-    cpu = usage.ru_utime + usage.ru_stime
     code = os.waitstatus_to_exitcode(wait_status)
     status = cut or _status(code, cpu, float(limits[0]), outputs[1])
     return [status, str(code).encode(), repr(cpu).encode(), *outputs]
+
+
+def _given(stdin: bytes) -> int:
+    """Standard input as a file in memory."""
+    given = _high(os.memfd_create("stdin"))
+    _write_all(given, stdin)
+    os.lseek(given, 0, os.SEEK_SET)
+    return given
 
 
 def _status(code: int, cpu: float, cpu_limit: float, stderr: bytes) -> bytes:
@@ -256,21 +228,23 @@ def _cpu_used(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | CPU_CLOCK)
 
 
-def _watch(pid: int, reads: list[int], capture: list[int], seconds: tuple[float, float]) -> tuple[list[bytes], bytes]:
-    """Collect the three outputs until the process ends; kill it when stdout overflows, its CPU time is used up or
-    the clock runs out.
+def _watch(
+    pids: tuple[int, ...], reads: list[int], capture: list[int], seconds: tuple[float, float]
+) -> tuple[list[bytes], bytes]:
+    """Collect the three outputs until the first process ends; kill it when stdout overflows, the CPU time of all is
+    used up or the clock runs out.
 
     Standard error beyond its bound is read and dropped: a talkative warning is no offence.
     """
     cpu_limit, deadline = seconds[0], time.monotonic() + seconds[1]
     buffers = [bytearray() for _ in reads]
-    ended = os.pidfd_open(pid)
+    ended = os.pidfd_open(pids[0])
     poll = select.poll()
     for fd in (*reads, ended):
         poll.register(fd, select.POLLIN)
     cut, alive = b"", True
     while alive and not cut:
-        cpu_left, wall_left = cpu_limit - _cpu_used(pid), deadline - time.monotonic()
+        cpu_left, wall_left = cpu_limit - sum(map(_cpu_used, pids)), deadline - time.monotonic()
         if cpu_left <= 0 or wall_left <= 0:
             cut = b"cpu_time" if cpu_left <= 0 else b"wall_time"
             break
@@ -281,7 +255,7 @@ def _watch(pid: int, reads: list[int], capture: list[int], seconds: tuple[float,
                 poll.unregister(fd)
         if len(buffers[0]) > capture[0]:
             cut = b"output"
-    os.kill(pid, SIGKILL)
+    os.kill(pids[0], SIGKILL)
     os.close(ended)
     for index, fd in enumerate(reads):  # what a dead process left in its pipes; never wait for its orphans
         os.set_blocking(fd, False)
@@ -316,7 +290,16 @@ def _kill_everyone() -> None:
             return
 
 
-def _write_files(fields: list[bytes]) -> None:
+def _write_files(fields: list[bytes]) -> list[bytes]:
+    """[b"ok"], or why a file cannot be written: a name too long, a file where a folder must be, a full disk."""
+    try:
+        _write_each(fields)
+    except (OSError, RecursionError) as error:
+        return [b"refused", str(error).encode("utf-8", "backslashreplace")]
+    return [b"ok"]
+
+
+def _write_each(fields: list[bytes]) -> None:
     for at in range(0, len(fields), 3):
         path = os.path.join(WORK, fields[at].decode("utf-8", "surrogateescape"))
         mode = int(fields[at + 1], 8)
@@ -353,12 +336,13 @@ def _read_files(most: int) -> list[bytes]:
 
 
 def _clear(folder: str) -> None:
-    """Empty the work folder, whatever modes a submission gave to what it made there."""
+    """Empty a folder, whatever modes a submission gave to what it made there; the work folder itself stays."""
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             os.chmod(entry.path, 0o700)
             _clear(entry.path)
-            os.rmdir(entry.path)
+            if entry.path != WORK:
+                os.rmdir(entry.path)
         else:
             os.unlink(entry.path)
 
@@ -367,18 +351,22 @@ def _answer(fields: list[bytes]) -> list[bytes]:
     operation = fields[0]
     if operation in (b"run", b"fresh"):
         answer = run(fields[1], fields[2:8], fields[8], fields[9:])
-        if operation == b"fresh":  # the next request finds an empty folder
+        if operation == b"fresh":  # the next request finds nothing of this one
             os.chmod(WORK, 0o700)
-            _clear(WORK)
+            for folder in SCRATCH:
+                _clear(folder)
         return answer
     if operation == b"write":
-        _write_files(fields[1:])
-        return [b"ok"]
+        return _write_files(fields[1:])
+    if operation == b"companion":
+        Companion.waiting = Companion(fields[1], fields[2:8], fields[9:])
+        return [b"ok", b"0", b"0.0", b"", b"", b""]
     return _read_files(int(fields[1]))
 
 
 def main() -> None:
     """Serve until the host closes the pipe."""
+    del sys.path[0]  # this folder, which programs do not need
     _become(int(sys.argv[1]))
     os.mkdir(WORK)
     os.chdir(WORK)

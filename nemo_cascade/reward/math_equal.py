@@ -25,39 +25,36 @@ from nemo_cascade.types import Invalid, Scored, UserError
 MAX_ANSWER_CHARS = 200
 MAX_NESTED_POWERS = 1
 START_SECONDS = 60.0
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?[0-9]+")  # not \d: other scripts have digits too
+_BOXED = re.compile(r"\\boxed\s{0,100}\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"))
 _BIG_FACTORIAL = re.compile(r"\d{3,}\s*\)*\}*\s*!|!\s*!")
 _BIG_EXPONENT = re.compile(r"\^\s*\{?\s*[+-]?\d{5,}")
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{...}` with balanced braces, or None."""
+    """The content of the last complete `\\boxed{...}` with balanced braces, or None. Linear in its length."""
+    closes = _closes(text) if _BOXED.search(text) else {}
     end = len(text)
     while (start := text.rfind("\\boxed", 0, end)) >= 0:
-        brace = start + len("\\boxed")
-        while brace < len(text) and text[brace].isspace():
-            brace += 1
-        if brace < len(text) and text[brace] == "{":
-            content = _balanced(text, brace)
-            if content is not None:
-                return content.strip()
+        match = _BOXED.match(text, start)
+        if match is not None and match.end() - 1 in closes:
+            return text[match.end() : closes[match.end() - 1]].strip()
         end = start
     return None
 
 
-def _balanced(text: str, brace: int) -> str | None:
-    depth = 0
-    at = brace
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[brace + 1 : at]
-        at += 1
-    return None
+def _closes(text: str) -> dict[int, int]:
+    """Place of each opening brace that has a partner -> the partner's place; escaped braces are letters."""
+    closes: dict[int, int] = {}
+    opened: list[int] = []
+    for token in _BRACES.finditer(text):
+        if token.group() == "{":
+            opened.append(token.start())
+        elif token.group() == "}" and opened:
+            closes[opened.pop()] = token.start()
+    return closes
 
 
 def normalized(answer: str) -> str:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_cascade.reward import repository_runner
-from nemo_cascade.reward.sandbox import DEFAULT_LIMITS, File, Limits, Sandbox, Session, read_tree
+from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.sandbox import DEFAULT_LIMITS, File, Files, Limits, Sandbox, Session, read_tree
 from nemo_cascade.types import Invalid, Outcome, Scored, UserError
 
 AUTHOR = {
@@ -172,8 +173,27 @@ def grade(sandbox: Sandbox, task: RepositoryTask, files: Mapping[str, str], limi
         raise UserError("a repository task needs at least one FAIL_TO_PASS test; drop the row")
     if patched_files(task, files) == patched_files(task, task.files):
         return Scored(0.0, {"fail_to_pass": 0.0, "pass_to_pass": 1.0}, "the patch changes nothing")
-    with sandbox.session(patched_files(task, files)) as session:
-        return grade_session(session, task, limits)
+    return grade_files(sandbox, task, patched_files(task, files), limits)
+
+
+def grade_files(sandbox: Sandbox, task: RepositoryTask, files: Files, limits: Limits = DEFAULT_LIMITS) -> Outcome:
+    """`grade_session` on a sandbox with these files; what passes must fail `control_tests` in a sandbox of its own."""
+    with sandbox.session(files) as session:
+        outcome = grade_session(session, task, limits)
+    if isinstance(outcome, Invalid) or outcome.reward == 0.0:
+        return outcome
+    changed, ids = controls(task.tests, (*task.fail_to_pass, *task.pass_to_pass))
+    if not ids:
+        return outcome
+    with sandbox.session({**files, **changed}) as session:
+        results = run_tests(session, ids, limits, task.python_path)
+    if isinstance(results, Invalid):
+        return results
+    passed = [result.id for result in results if result.passed]
+    if not passed:
+        return outcome
+    parts = {"fail_to_pass": 0.0, "pass_to_pass": 0.0}
+    return Scored(0.0, parts, f"{passed[0]}: passes with a wrong expectation, too"[:200])
 
 
 def grade_session(session: Session, task: RepositoryTask, limits: Limits = DEFAULT_LIMITS) -> Outcome:

@@ -10,11 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from nemo_cascade.reward.git_objects import git_folder
-from nemo_cascade.reward.repository import RepositoryTask, content_key, grade_session, patched_files
+from nemo_cascade.reward.repository import RepositoryTask, content_key, grade_files, patched_files
 from nemo_cascade.reward.sandbox import Limits, Sandbox
 from nemo_cascade.types import Invalid, Json, Outcome, Scored
 
 LIMITS = Limits(cpu_seconds=5.0, wall_seconds=60.0)
+MAX_SOURCE_CHARS = 4 << 20  # the largest Python file that is compiled here
 REMEMBERED = 4096  # verdicts; a verdict is a few hundred bytes
 
 
@@ -47,9 +48,7 @@ class RepositoryGrader:
         known = self._verdicts.get(key)
         if known is not None:
             return known
-        _, base = git_folder(task.files)
-        with self._sandbox().session({**base, **changed}) as session:
-            outcome = grade_session(session, task, LIMITS)
+        outcome = self._run(task, changed)
         if isinstance(outcome, Invalid):
             return outcome
         self._verdicts[key] = outcome
@@ -58,7 +57,17 @@ class RepositoryGrader:
         return outcome
 
 
+    def _run(self, task: RepositoryTask, changed: Mapping[str, str]) -> Outcome:
+        _, base = git_folder(task.files)
+        try:
+            return grade_files(self._sandbox(), task, {**base, **changed}, LIMITS)
+        except ValueError as error:  # a path or a text that no file system holds
+            return Scored(0.0, {"fail_to_pass": 0.0, "pass_to_pass": 0.0}, str(error)[:200])
+
+
 def _compiles(text: str) -> bool:
+    if len(text) > MAX_SOURCE_CHARS:
+        return False
     try:
         compile(text, "patched.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):

@@ -109,17 +109,19 @@ class Session:
         self._problem = server if isinstance(server, str) else ""
 
     def write(self, files: Files) -> None:
-        """Put files into the work folder, replacing what is there."""
+        """Put files into the work folder, replacing what is there.
+
+        ValueError for a path that leaves it, or that the file system or UTF-8 cannot hold.
+        """
         fields = [b"write"]
         for path, content in files.items():
-            file = (
-                content
-                if isinstance(content, File)
-                else File(content.encode() if isinstance(content, str) else content)
-            )
+            data = content.encode() if isinstance(content, str) else content
+            file = data if isinstance(data, File) else File(data)
             fields += [os.fsencode(checked_path(path)), oct(file.mode)[2:].encode(), file.content]
-        if self._server is not None:
-            self._server.ask(fields, START_SECONDS)
+        if self._server is not None and len(fields) > 1:
+            answer = self._server.ask(fields, START_SECONDS)
+            if answer[:1] == [b"refused"]:
+                raise ValueError(f"the files cannot be written: {answer[1].decode('utf-8', 'replace')}")
 
     def read(self, most_bytes: int = 16 * MEBIBYTE) -> dict[str, File]:
         """All files of the work folder; ValueError when they exceed `most_bytes`, EOFError without a sandbox."""
@@ -235,8 +237,11 @@ class Sandbox:
     def open(self, files: Files | None = None) -> Session:
         """Like `session`, for owners who call `close` themselves."""
         session = Session(self._take())
-        if files:
-            session.write(files)
+        try:
+            session.write(files or {})
+        except ValueError:
+            session.close()
+            raise
         return session
 
     def run(
@@ -287,6 +292,19 @@ class Sandbox:
             if result.status == "wall_time" or (stop is not None and stop(len(results) - 1, results[-1])):
                 break
         return results
+
+    def call_beside(
+        self, tests: str, function: str, candidate: str, limits: Limits = DEFAULT_LIMITS
+    ) -> CallResult:
+        """Call `function()` of `tests` while `candidate` runs in a process beside it (`assertions.py` has both ends).
+
+        The candidate starts first, so that the tests never are where it could read them: not on disk, not on its
+        stack, not in its memory. Its CPU time counts, too.
+        """
+        with self.session() as session:
+            session.request(b"companion", b"source", [candidate.encode("utf-8", "surrogatepass")], "", limits)
+            payload = [tests.encode("utf-8", "surrogatepass"), function.encode(), marshal.dumps([], 4)]
+            return _call_result(*session.request(b"fresh", b"call", payload, "", limits))
 
     def _each(
         self, kind: bytes, source: str, payloads: Sequence[tuple[list[bytes], str]], limits: Limits

@@ -106,8 +106,10 @@ def apply_edits(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, st
 
 
 def _check_path(path: str) -> None:
-    if not path or path.startswith("/") or ".." in path.split("/") or path.split("/")[0] == ".git":
-        raise BadEdit(f"path {path!r} is outside the repository's files")
+    parts = path.split("/")
+    plain = path.isprintable() and not {"", ".", ".."} & set(parts)  # one name per file; no null bytes or surrogates
+    if not plain or ".git" in map(str.lower, parts):
+        raise BadEdit(f"path {path[:100]!r} is outside the repository's files")
 
 
 def _places(lines: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -44,8 +44,9 @@ def _untimed(span: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a step collected. `dropped` counts groups by reason; `tokens` and `rollouts` include those of dropped
-    groups.
+    """What a step collected. `dropped` counts groups by reason (`filters.why_dropped`): those that were replaced, and
+    without dynamic filtering those that stay in the batch with nothing in the loss. `tokens` and `rollouts` include
+    those of dropped groups.
 
     `sampling_seconds` is time inside the Sampler, `reward_seconds` the time spent waiting for verdicts after it.
     """
@@ -95,6 +96,7 @@ class Collector:
         self.filters = filters if filters is not None else FiltersConfig()
         self.scorer = Scorer(domains, reward_workers)
         self.timer: Timer = _untimed
+        self.routed_experts = False  # whether rollouts carry the experts that the sampler used
         self.environments = Workers(reward_workers, "environment")
         self.environment_deadline_s = ENVIRONMENT_DEADLINE_S
 
@@ -186,6 +188,7 @@ class _Run:
             top_k=sampling.top_k,
             stop_ids=tuple(collector.chat.stop_ids),
             logprobs=sampling.logprobs,
+            routed_experts=collector.routed_experts,
         )
 
     def start_missing(self) -> bool:
@@ -256,7 +259,7 @@ class _Run:
                 conversation.seconds += time.perf_counter() - began
                 conversation.hear(completion, collector.chat)
                 self.counts.tokens += len(completion.token_ids)
-                if conversation.max_turns == 1:
+                if conversation.max_turns == 1 and not conversation.lost:
                     self._answer(conversation)
                 elif not conversation.finished:  # in a thread, so that a slow one does not hold up decoding
                     asked.append((conversation, collector.environments.submit(conversation.ask)))
@@ -329,10 +332,10 @@ class _Run:
                 self.kept[index] = make_group(rollouts_G, "neither", None)
                 continue
             group = make_group(rollouts_G, filters.overlong, filters.mask_groups_below_max)
-            reason = why_dropped(group) if filters.dynamic else ""
-            if reason:
-                self.counts.dropped[reason] += 1
-            else:
+            reason = why_dropped(group, filters.mask_groups_below_max)
+            if filters.dynamic or not any(group.in_loss):
+                self.counts.dropped.update([reason] if reason else [])
+            if not (filters.dynamic and reason):
                 self.kept[index] = group
         if not plain and self.counts.rollouts >= self.target * self.group_size:
             check_invalid_share(self.counts.invalid, self.counts.rollouts, filters.max_invalid_share)

@@ -8,6 +8,7 @@ same order.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 from nemo_cascade.data.chat import ChatTokenizer
@@ -42,6 +43,7 @@ class Conversation:
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    routed_experts: bytes = b""
     messages: list[Message] = field(default_factory=list)
     turns: int = 0
     truncated: bool = False
@@ -60,16 +62,20 @@ class Conversation:
 
     def hear(self, completion: Completion, chat: ChatTokenizer) -> None:
         """Take a sampled turn. A turn that hit the token limit ends the rollout: it is not a message the environment
-        may answer.
+        may answer. Log-probabilities that are no numbers are a failure of the Sampler: Invalid, with zeros for them.
         """
+        broken = math.isnan(sum(completion.logprobs))
         self.token_ids += completion.token_ids
         self.loss_mask += [1] * len(completion.token_ids)
-        self.logprobs += completion.logprobs
+        self.logprobs += [0.0] * len(completion.token_ids) if broken else completion.logprobs
         self.versions += [completion.version] * len(completion.token_ids)
+        self._note_experts(completion.routed_experts)
         self.turns += 1
         self.messages.append(chat.parse_assistant(completion.token_ids, self.task.thinking, self.task.tools))
         if completion.finish == "length":
             self.truncated = self.finished = True
+        if broken:
+            self.lose(f"the sampler gave NaN as a log-probability (task {self.task.id}, turn {self.turns})")
 
     def ask(self) -> tuple[Message, ...] | None:
         """The environment's answer to the last turn. Changes nothing here, so it may come late, or never."""
@@ -77,7 +83,7 @@ class Conversation:
         return self.episode.reply(self.messages[-1])
 
     def lose(self, reason: str) -> None:
-        """The environment failed us: the rollout ends without a verdict, never with reward 0."""
+        """Environment or Sampler failed us: the rollout ends without a verdict, never with reward 0."""
         self.finished, self.outcome = True, Invalid(reason)
 
     @property
@@ -104,7 +110,7 @@ class Conversation:
         self._append_given(len(ids))
 
     def rollout(self) -> Rollout:
-        """The finished rollout, not yet scored; Invalid when its environment was lost."""
+        """The finished rollout, not yet scored; Invalid when it was lost."""
         assert self.finished, f"{self.task.id}#{self.sample} is still being played"
         return Rollout(
             task=self.task,
@@ -116,7 +122,19 @@ class Conversation:
             transcript=Transcript(tuple(self.messages), self.truncated),
             outcome=self.outcome,
             sampling_seconds=self.seconds,
+            routed_experts=self.routed_experts,
         )
+
+    def _note_experts(self, experts: bytes) -> None:
+        """Append the experts of the tokens since the last turn. A turn reads the whole conversation again, but a token
+        keeps the experts by which it was sampled; the last one of a turn has its first ones in the next.
+        """
+        if not experts:
+            return
+        per_token, rest = divmod(len(experts), len(self.token_ids))
+        assert not rest, f"{self.task.id}#{self.sample}: {len(experts)} experts for {len(self.token_ids)} tokens"
+        known = max(0, len(self.routed_experts) - per_token)
+        self.routed_experts = self.routed_experts[:known] + experts[known:]
 
     def _append_given(self, count: int) -> None:
         """Bookkeeping of tokens that nobody sampled."""

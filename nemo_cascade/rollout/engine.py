@@ -14,7 +14,7 @@ import torch
 
 from nemo_cascade.models.decode_native import AnyCache, AnyModel
 from nemo_cascade.rollout.draw import draw, uniforms
-from nemo_cascade.types import Completion, Request, SamplingParams
+from nemo_cascade.types import NO_CHOICE, Completion, Finish, Request, SamplingParams
 
 REFILL_BELOW = 0.75  # new requests join when the batch has shrunk to this share: reading prompts in clumps is cheaper
 
@@ -30,6 +30,7 @@ class _Row:
     stream: np.ndarray
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    experts: bytearray = field(default_factory=bytearray)  # of the tokens read so far, when the parameters ask
 
     @property
     def stopped(self) -> bool:
@@ -74,7 +75,9 @@ class Engine:
             order = self._cache.drop(finished)
             self._rows = [self._rows[place] for place in order]
             tokens_B = tokens_B[order]
-        self._logits_BV = self.model.step(tokens_B, self._cache)
+        experts = _asked(self._rows)
+        self._logits_BV = self.model.step(tokens_B, self._cache, experts)  # type: ignore[arg-type]
+        _note(self._rows, experts)
         return completions
 
     def _admit(self) -> None:
@@ -88,17 +91,38 @@ class Engine:
         self._rows = self._rows + joining
 
     def _completion(self, row: _Row) -> Completion:
-        return Completion(tuple(row.tokens), tuple(row.logprobs), "stop" if row.stopped else "length", self.version)
+        finish: Finish = "stop" if row.stopped else "length"
+        experts = bytes(row.experts)
+        if row.params.routed_experts:  # the last token was drawn, nobody has read it
+            config = self.model.config
+            experts += bytes([NO_CHOICE]) * (len(config.layers("E")) * config.num_experts_per_tok)
+        return Completion(tuple(row.tokens), tuple(row.logprobs), finish, self.version, experts)
+
+
+def _asked(rows: Sequence[_Row]) -> list[bytes] | None:
+    """Where the model writes the experts of these rows; None when no row wants them."""
+    return [] if any(row.params.routed_experts for row in rows) else None
+
+
+def _note(rows: Sequence[_Row], experts: list[bytes] | None) -> None:
+    """Add what the model wrote to the rows that asked."""
+    if experts is not None:
+        for row, own in zip(rows, experts, strict=True):
+            if row.params.routed_experts:
+                row.experts += own
 
 
 def _read(model: AnyModel, rows: Sequence[_Row]) -> tuple[torch.Tensor, AnyCache]:
     """Prefill; a prompt that several rows share (the rollouts of one group) is read once and its state copied."""
     prompts = list(dict.fromkeys(row.request.token_ids for row in rows))
-    logits_PV, cache = model.prefill(prompts, room=max(row.budget for row in rows))
+    experts = _asked(rows)
+    logits_PV, cache = model.prefill(prompts, max(row.budget for row in rows), experts)
     if len(prompts) == len(rows):
+        _note(rows, experts)
         return logits_PV, cache
     place = {prompt: index for index, prompt in enumerate(prompts)}
     source = [place[row.request.token_ids] for row in rows]
+    _note(rows, None if experts is None else [experts[index] for index in source])
     cache.keep(source)
     return logits_PV[source], cache
 

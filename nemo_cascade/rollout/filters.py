@@ -43,18 +43,19 @@ def make_group(rollouts_G: Sequence[Rollout], overlong: str, mask_below: float |
     return Group(rollouts[0].task, rollouts, in_loss)
 
 
-def why_dropped(group: Group) -> str:
-    """Dynamic filtering's verdict: the reason this group teaches nothing, or "" when it stays.
+def why_dropped(group: Group, mask_below: float | None = None) -> str:
+    """Why this group teaches nothing, or "" when it does: what dynamic filtering drops, and what metrics count.
 
-    `too_few_valid`: fewer than two rewards; `all_equal`: no difference between them; `masked`: nothing of it is in the
-    loss.
+    `invalid`: fewer than two rewards, nothing to compare with. `all_correct`: every reward is 1. `all_wrong`: every
+    reward is 0. `all_equal`: they are equal otherwise. `below_max`: the best is not above `mask_below`
+    (`filters.mask_groups_below_max`). `truncated`: overlong filtering left none of them in the loss.
     """
     rewards = valid_rewards(group.rollouts)
-    if len(rewards) < 2:
-        return "too_few_valid"
-    if min(rewards) == max(rewards):
-        return "all_equal"
-    return "" if any(group.in_loss) else "masked"
+    if len(rewards) > 1 and min(rewards) == max(rewards):
+        return {1.0: "all_correct", 0.0: "all_wrong"}.get(rewards[0], "all_equal")
+    if rewards and not any(group.in_loss):
+        return "below_max" if mask_below is not None and max(rewards) <= mask_below else "truncated"
+    return "" if len(rewards) > 1 else "invalid"
 
 
 def check_invalid_share(invalid_reasons: Mapping[str, int], total: int, limit: float) -> None:

@@ -20,7 +20,7 @@ from nemo_cascade.models.hf_folder import content_sha256, read_checked_header, r
 from nemo_cascade.refit.checksum import checksum_of
 from nemo_cascade.rollout.draw import check_params
 from nemo_cascade.rollout.engine import Engine
-from nemo_cascade.types import Completion, Request, SamplingParams, UserError
+from nemo_cascade.types import NO_CHOICE, Completion, Request, SamplingParams, UserError
 
 
 class LocalSampler:
@@ -83,6 +83,8 @@ class LocalSampler:
         """
         engine = self.engine()
         check_params(params)
+        if params.routed_experts:
+            check_experts(self.config)
         for index, request in enumerate(requests):
             check_request(request, self.config.vocab_size, f"request {index}")
             engine.add(index, request, params)
@@ -92,6 +94,14 @@ class LocalSampler:
 def _drain(engine: Engine) -> Iterator[tuple[int, Completion]]:
     while engine.busy:
         yield from engine.step()
+
+
+def check_experts(config: NemotronHConfig) -> None:
+    """Refuse to record experts where there are none, or more than a byte can name."""
+    if not config.layers("E"):
+        raise UserError("routing_replay: sampler: the model has no layer of experts; set it to none")
+    if config.n_routed_experts > NO_CHOICE:
+        raise UserError(f"routing_replay: expert numbers are bytes, the model has {config.n_routed_experts}")
 
 
 def check_request(request: Request, vocab_size: int, where: str) -> None:

@@ -1,13 +1,15 @@
 """The OpenAI protocol as records: bodies in, requests and sampling parameters out, completions back into answers.
 
 Extensions beside the standard: prompts may be token ids; with several prompts `seed` and `max_tokens` may be lists, one
-per prompt; answers carry `token_ids` and the `version` of the weights. Messages may have the roles `response_1` and
-`response_2` of the generative reward model. Not here: streaming, `best_of`, penalties, `logit_bias`; asking for one is
-an error, not silence.
+per prompt; answers carry `token_ids` and the `version` of the weights, and with `return_routed_experts` also
+`routed_experts`: base64 of uint8 [prompt and answer tokens, MoE layers, top-k], 255 where none is known. Messages may
+have the roles `response_1` and `response_2` of the generative reward model. Not here: streaming, `best_of`, penalties,
+`logit_bias`; asking for one is an error, not silence.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -76,6 +78,7 @@ def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: 
         top_k=int(number(body, "top_k", 0)),
         stop_ids=tuple(stop_ids if stops is None else stops),  # type: ignore[arg-type]
         logprobs=LOGPROBS_MODES[str(mode)],
+        routed_experts=body.get("return_routed_experts") is True,
     )
     found: Asked = []
     for index, prompt in enumerate(prompts):
@@ -177,6 +180,8 @@ def completion_choice(
         "version": completion.version,
         "logprobs": None,
     }
+    if completion.routed_experts:
+        choice["routed_experts"] = base64.b64encode(completion.routed_experts).decode("ascii")
     if logprobs:
         choice["logprobs"] = {"tokens": list(texts), "token_logprobs": list(completion.logprobs)}
     return choice

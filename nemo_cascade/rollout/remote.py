@@ -7,6 +7,8 @@ training would take it for on-policy. A failed call is repeated: with its seed i
 
 from __future__ import annotations
 
+import base64
+import binascii
 import concurrent.futures
 import time
 from collections.abc import Iterator, Sequence
@@ -45,10 +47,13 @@ class RemoteSampler:
         self.checksum = str(health["checksum"])
         self.holds = str(health.get("holds", "trtllm"))  # who does not say is taken to hold what TensorRT-LLM holds
         self._vocab_size = int(health["vocab_size"])  # type: ignore[arg-type]
+        self._reports_experts = health.get("routed_experts") is True
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as calls return."""
         check_params(params)
+        if params.routed_experts and not self._reports_experts:
+            raise self._no_experts("its /health does not say that it can")
         for index, request in enumerate(requests):
             check_request(request, self._vocab_size, f"request {index}")
         return self._gather(requests, params)
@@ -104,18 +109,37 @@ class RemoteSampler:
         }
         if params.logprobs == "raw":
             body["logprobs_mode"] = "raw_logprobs"
+        if params.routed_experts:
+            body["return_routed_experts"] = True
         choices = self._call("POST", "/v1/completions", body=body)["choices"]
         assert isinstance(choices, list) and len(choices) == len(requests), "the server lost prompts"
         ordered = sorted(choices, key=lambda choice: choice["index"])  # type: ignore[arg-type, index, return-value]
-        return [self._completion(choice) for choice in ordered]
+        found = [self._completion(choice) for choice in ordered]
+        if params.routed_experts:
+            for request, completion in zip(requests, found, strict=True):
+                tokens = len(request.token_ids) + len(completion.token_ids)
+                if not completion.routed_experts or len(completion.routed_experts) % tokens:
+                    raise self._no_experts(f"{len(completion.routed_experts)} bytes for {tokens} tokens")
+        return found
+
+    def _no_experts(self, problem: str) -> UserError:
+        return UserError(
+            f"sampler at {self.url}: does not report the experts it used ({problem}), which routing_replay: sampler "
+            "needs; set it to learner"
+        )
 
     def _completion(self, choice: Json) -> Completion:
         assert isinstance(choice, dict)
+        try:
+            experts = base64.b64decode(str(choice.get("routed_experts") or ""), validate=True)
+        except binascii.Error as error:
+            raise self._no_experts(f"`routed_experts` is no base64: {error}") from error
         found = Completion(
             token_ids=tuple(choice["token_ids"]),  # type: ignore[arg-type]
             logprobs=tuple(choice["logprobs"]["token_logprobs"]),  # type: ignore[call-overload, index, arg-type]
             finish=choice["finish_reason"],  # type: ignore[arg-type]
             version=int(choice["version"]),  # type: ignore[arg-type]
+            routed_experts=experts,
         )
         if found.version != self.version:
             raise UserError(

@@ -51,11 +51,11 @@ class Server:
         self.decoding = DecodingThread(sampler)
 
     def health(self) -> Answer:
-        """Up, and with which weights."""
+        """Up, with which weights; `routed_experts`: completions report them when asked."""
         sampler = self.sampler
         vocab_size = sampler.config.vocab_size
         held = {"version": sampler.version, "checksum": sampler.checksum, "holds": sampler.holds}
-        return {"status": "ok", "vocab_size": vocab_size, **held}
+        return {"status": "ok", "vocab_size": vocab_size, "routed_experts": True, **held}
 
     def models(self) -> Answer:
         """The one model that is served."""
@@ -75,6 +75,8 @@ class Server:
         """A conversation in, assistant messages out."""
         if self.chat is None:
             raise UserError("messages: this model folder has no tokenizer; use /v1/completions with token ids")
+        if body.get("return_routed_experts"):
+            raise UserError("return_routed_experts: only /v1/completions reports experts; send token ids there")
         template = body.get("chat_template_kwargs") or {}
         thinking = bool(template.get("enable_thinking", self.thinking)) if isinstance(template, dict) else self.thinking
         tools = api.tools_of(body)

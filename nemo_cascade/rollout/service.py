@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nemo_cascade.rollout.draw import check_params
 from nemo_cascade.rollout.engine import Engine
-from nemo_cascade.rollout.local import LocalSampler, check_request
+from nemo_cascade.rollout.local import LocalSampler, check_experts, check_request
 from nemo_cascade.types import Completion, Request, SamplingParams, UserError
 
 
@@ -46,6 +46,8 @@ class DecodingThread:
         """The completions of these requests in their order. Refuses bad requests before any is decoded."""
         for index, (request, params) in enumerate(asked):
             check_params(params)
+            if params.routed_experts:
+                check_experts(self.sampler.config)
             check_request(request, self.sampler.config.vocab_size, f"prompt {index}")
         if not self._thread.is_alive():
             raise UserError("server: the decoding thread has ended; see the server's log and start it again")

@@ -59,18 +59,20 @@ class RecordedRollouts:
     """Groups of a recorded run, read from its stage folder: trains without any sampler (mode train_only).
 
     Replica r of as many as recorded gets the groups that replica r had; with another number of replicas the groups of
-    all of them are dealt out in turn.
+    all of them are dealt out in turn. With `experts` the rollouts bring those by which they were sampled.
     """
 
-    def __init__(self, stage_folder: Path, replica: int = 0, replicas: int = 1) -> None:
+    def __init__(self, stage_folder: Path, replica: int = 0, replicas: int = 1, experts: bool = False) -> None:
         self.stage_folder, self.replica, self.replicas = stage_folder, replica, replicas
+        self.experts = experts
 
     def groups(self, step: int, take: TakeTasks) -> Collected:
         """The step's groups as they were recorded; UserError names the steps that are there when this one is not."""
         if recorded_replicas(self.stage_folder, step) == self.replicas:
-            groups = tuple(read_groups(self.stage_folder, step, self.replica))
+            groups = tuple(read_groups(self.stage_folder, step, self.replica, self.experts))
         else:
-            groups = tuple(read_groups(self.stage_folder, step)[self.replica :: self.replicas])
+            everyone = read_groups(self.stage_folder, step, experts=self.experts)
+            groups = tuple(everyone[self.replica :: self.replicas])
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         return Collected(
             groups=groups,

@@ -17,7 +17,7 @@ from nemo_cascade.observe.record import RunRecord
 from nemo_cascade.protocols import Learner, Refit, Sampler
 from nemo_cascade.rollout.source import RolloutSource
 from nemo_cascade.stages.checkpoints import Checkpoints
-from nemo_cascade.stages.sequences import as_sequences, with_routing, with_teachers
+from nemo_cascade.stages.sequences import as_sequences, domains, with_routing, with_teachers
 
 
 def train(  # noqa: PLR0913 - the seams of the loop, each named once
@@ -30,9 +30,12 @@ def train(  # noqa: PLR0913 - the seams of the loop, each named once
     record: RunRecord,
     checkpoints: Checkpoints,
     teachers: Mapping[str, str],
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Run the remaining steps. `teachers` maps each domain to the Hugging Face folder that scores its tokens."""
-    objective = distillation(cfg.distill)
+    """Run the remaining steps. `teachers` maps each domain to the Hugging Face folder that scores its tokens, `names`
+    to the stage that made it, as metrics call it.
+    """
+    objective = distillation(cfg.distill, domains(teachers), names)
     first = checkpoints.resume(learner)
     record.refitted(refit.refit(learner, sampler, version=first))
     for step in record.remaining(first):

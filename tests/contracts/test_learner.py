@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -19,6 +18,7 @@ from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.protocols import Learner
 from nemo_cascade.types import Sequence, UserError
 
+pytestmark = pytest.mark.usefixtures("ranks")
 TINY = NemotronHConfig(
     vocab_size=32, hidden_size=16, hybrid_override_pattern="ME", num_attention_heads=2, num_key_value_heads=1,
     head_dim=8, mamba_num_heads=2, mamba_head_dim=8, ssm_state_size=8, n_groups=1, n_routed_experts=2,
@@ -34,16 +34,6 @@ SEQUENCES = [
 def megatron(init_folder: str | None = None) -> MegatronLearner:
     settings = LearnerSettings(OptimizerConfig(lr=1e-2), num_steps=10, micro_batch_tokens=6)
     return MegatronLearner(TINY, settings, init_folder, seed=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 @pytest.fixture(params=[megatron])

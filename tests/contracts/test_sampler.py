@@ -14,7 +14,7 @@ from nemo_cascade.refit.checksum import checksum_of
 from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.rollout.remote import RemoteSampler
 from nemo_cascade.rollout.server import ServerHandle, start_server
-from nemo_cascade.types import Request, SamplingParams, UserError
+from nemo_cascade.types import NO_CHOICE, Request, SamplingParams, UserError
 from tests.unit.rollout.standins import random_weights, tiny_config, write_folder
 
 CONFIG = tiny_config()
@@ -94,6 +94,25 @@ def test_raw_logprobs_are_the_models_own_and_change_no_draw(sampler: AnySampler)
         own_T = torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert list(completion.logprobs) == pytest.approx(own_T.tolist(), abs=1e-4)
         assert sum(kept[index].logprobs) > sum(completion.logprobs) + 0.5  # the kept set has less to choose from
+
+
+def test_experts_are_those_that_the_tokens_used(sampler: AnySampler) -> None:
+    """Of prompt and answer, whatever shares the batch; nothing else changes, and who does not ask gets none."""
+    model, asked = DecodeModel(CONFIG, WEIGHTS), requests(8)
+    plain = dict(sampler.sample(asked, SamplingParams(12)))
+    assert {completion.routed_experts for completion in plain.values()} == {b""}
+    found = dict(sampler.sample(asked, SamplingParams(12, routed_experts=True)))
+    assert sorted(found) == list(range(8))
+    for index, completion in found.items():
+        assert (completion.token_ids, completion.logprobs) == (plain[index].token_ids, plain[index].logprobs)
+        text = (*asked[index].token_ids, *completion.token_ids)
+        recomputed: list[bytes] = []
+        model.prefill([text], experts=recomputed)
+        used, expected = (
+            torch.frombuffer(bytearray(experts), dtype=torch.uint8).view(len(text), 2, 2).sort(-1).values
+            for experts in (completion.routed_experts, recomputed[0])
+        )
+        assert torch.equal(used[:-1], expected[:-1]) and (used[-1] == NO_CHOICE).all()
 
 
 def test_draws_follow_the_distribution(sampler: AnySampler) -> None:

@@ -7,6 +7,7 @@ FOLDER/teacher and FOLDER/start hold weights of its model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
 
-from nemo_cascade.algorithms.loss import cross_entropy, distillation
-from nemo_cascade.config.schema import DistillConfig, OptimizerConfig
+from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
+from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
+from nemo_cascade.learner.output import output_logprobs
 from nemo_cascade.models.hf_folder import content_sha256
 from nemo_cascade.types import Sequence, UserError
 from tools.bench.layouts import LAYOUTS, MODEL, ONE, Layout, sequences
@@ -63,17 +65,35 @@ def exercise(folder: Path, layout: Layout) -> dict[str, object]:
     compared = ("loss", "reverse_kl", "grad_norm", "entropy")
     return {
         "taught": taught, "distilled": {key: distilled[key] for key in compared},
+        "chosen": chosen(learner, str(folder / "start"), own),
         "pieces": in_pieces(again, everything), "experts": routing(again, everything), "half": in_bf16(folder, layout),
     }  # fmt: skip
 
 
+def chosen(learner: MegatronLearner, start: str, own: list[Sequence]) -> dict[str, float]:
+    """What needs whole positions or whole sequences on every rank: the top-k reverse KL, and masking by sequence."""
+    again = MegatronLearner(MODEL, learner.settings, init_folder=start)
+    top = again.update(own, distillation(DistillConfig(kind="topk", top_k=8)))
+    again = MegatronLearner(MODEL, learner.settings, init_folder=start)
+    apart = []  # sequences of odd length were sampled by a policy that found each token 1.2 times as likely
+    for s in own:
+        more = 0.18 * (len(s.token_ids) % 2)
+        apart.append(dataclasses.replace(s, sampler_logprobs=tuple(value + more for value in s.sampler_logprobs)))
+    cfg = LossConfig(importance="sequence_mask", importance_low=0.9, importance_high=1.1, max_masked_share=1.0)
+    masked = again.update(apart, policy_gradient(cfg))
+    assert 0.0 < masked["masked_sequence_share"] < 1.0
+    return {f"top {key}": top[key] for key in ("loss", "reverse_kl", "grad_norm")} | {
+        f"masked {key}": masked[key] for key in ("loss", "masked_share", "masked_sequence_share", "grad_norm")
+    }
+
+
 def in_pieces(learner: MegatronLearner, rows: list[Sequence]) -> list[list[float]]:
-    """Log-probabilities where every row is long."""
-    piece, forward.PIECE = forward.PIECE, 16
+    """Log-probabilities where every row is long: 16 tokens of it at a time."""
+    forward.output_logprobs = functools.partial(output_logprobs, chunk_logits=16 * MODEL.vocab_size)
     try:
         return learner.logprobs(rows)
     finally:
-        forward.PIECE = piece
+        forward.output_logprobs = output_logprobs
 
 
 def routing(learner: MegatronLearner, rows: list[Sequence]) -> list[str] | None:

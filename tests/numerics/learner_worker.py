@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import sys
@@ -69,7 +70,8 @@ def train(output: Path, micro_batch_tokens: int, hardware: HardwareConfig) -> No
     }
     for name, objective in objectives.items():
         cfg = OptimizerConfig(
-            lr=1e-3, weight_decay=0.1, clip_grad=0.5, expert_bias_rate=1e-2 if name == "bias" else 0.0
+            lr=1e-3, weight_decay=0.1, clip_grad=0.5, expert_bias_rate=1e-2 if name == "bias" else 0.0,
+            max_skipped_steps=1,
         )
         settings = LearnerSettings(cfg, num_steps=5, micro_batch_tokens=micro_batch_tokens, hardware=hardware)
         learner = MegatronLearner(TINY, settings, init_folder=str(output.parent / "start"))
@@ -82,6 +84,13 @@ def train(output: Path, micro_batch_tokens: int, hardware: HardwareConfig) -> No
         assert learner.load(str(output / name)) == 5
         assert torch.equal(torch.cat([tensor.flatten() for _, tensor in learner.weights()]), weights)
         results[name] = {"steps": steps, "scores": scores}
+        if name == "grpo":  # the last replica's advantages are no numbers: every rank must skip the step
+            mine = share(0, rank, world)
+            if rank == world - 1:
+                mine = [dataclasses.replace(one, advantages=(math.nan,) * len(one.advantages)) for one in mine]
+            step = learner.update(mine, objective)
+            results["broken"] = {key: step[key] for key in ("skipped", "non_finite", "trained_tokens")}
+            assert torch.equal(torch.cat([tensor.flatten() for _, tensor in learner.weights()]), weights)
     (output / f"results-{dist.get_rank()}.json").write_text(json.dumps(results))
 
 

@@ -6,35 +6,23 @@ Layouts of two and four ranks run in processes of their own.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import MegatronLearner
 
 import torch  # isort: skip
 
 from tests.numerics import checkpoint_worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ranks")]
 IN_TWO = ("data", "tensor", "expert", "stages", "zero", "context")
 IN_FOUR = ("tensor-expert", "tensor-context")
 CUT = (*IN_TWO, *IN_FOUR)
 ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"), ("context", "stages"))
 ACROSS_FOUR = (("tensor", "tensor-expert"), ("zero", "tensor-context"))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def in_ranks(ranks: int, folder: Path, *steps: str) -> None:

@@ -73,6 +73,7 @@ def test_borrowed_weights_distillation_checkpoint_and_export_in_every_cut(
             assert found["experts"] == (expected["experts"] if name.startswith("dp") else None)
             assert found["half"] == pytest.approx(expected["half"], abs=2e-2)
             assert found["distilled"] == pytest.approx(expected["distilled"], rel=1e-5, abs=1e-6)
+            assert found["chosen"] == pytest.approx(expected["chosen"], rel=1e-5, abs=1e-6)
 
 
 def check(table: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:

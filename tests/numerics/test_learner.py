@@ -1,62 +1,33 @@
 """The Learner's numbers: the same step for every number of ranks and every packing, bit-exact resume and restore."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
+from nemo_cascade.learner import forward
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
 
-from nemo_cascade.algorithms.kept import Distribution
-from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
-from nemo_cascade.config.schema import DistillConfig, HardwareConfig, LossConfig, OptimizerConfig
-from nemo_cascade.types import Sequence, UserError
+from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.algorithms.loss import cross_entropy, policy_gradient
+from nemo_cascade.config.schema import HardwareConfig, LossConfig, OptimizerConfig
+from nemo_cascade.learner.output import output_logprobs
+from nemo_cascade.types import UserError
 from tests.numerics import learner_worker
 from tests.numerics.learner_worker import TINY
+from tests.numerics.tiny_learner import build, flat, sequences
 
+pytestmark = pytest.mark.usefixtures("ranks")
 LAYOUTS = ("two:4096:data", "experts:64:expert_parallel", "tensor:4096:tensor_parallel")  # two ranks each
 WORKER = Path(__file__).with_name("learner_worker.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
-
-
-def build(seed: int = 1, **settings: object) -> MegatronLearner:
-    optimizer = settings.pop("optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.1, expert_bias_rate=1e-2))
-    return MegatronLearner(TINY, LearnerSettings(optimizer, num_steps=20, **settings), seed=seed)
-
-
-def sequences(count: int = 8, seed: int = 0) -> list[Sequence]:
-    draw = random.Random(seed)
-    made = []
-    for index in range(count):
-        prompt, answer = draw.randint(3, 20), draw.randint(1, 8)
-        tokens = tuple(draw.randrange(64) for _ in range(prompt + answer))
-        mask = (0,) * prompt + (1,) * answer
-        advantage = draw.uniform(-1, 1)
-        made.append(Sequence(tokens, mask, tuple(advantage * m for m in mask), (-4.16,) * len(mask), group=index // 2))
-    return made
-
-
-def flat(learner: MegatronLearner) -> torch.Tensor:
-    return torch.cat([tensor.flatten().clone() for _, tensor in learner.weights()])
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +75,20 @@ def test_ranks_and_micro_batches_change_nothing(runs: dict[str, Path], other: st
 
 def test_both_ranks_hold_the_same_weights_and_report_the_same_step(runs: dict[str, Path]):
     first, second = (json.loads((runs["two"] / f"results-{rank}.json").read_text()) for rank in (0, 1))
-    for algorithm in first:
+    for algorithm in ("sft", "grpo", "grpo_groups", "bias"):
         assert torch.equal(torch.load(runs["two"] / f"{algorithm}-0.pt"), torch.load(runs["two"] / f"{algorithm}-1.pt"))
         for mine, other in zip(first[algorithm]["steps"], second[algorithm]["steps"], strict=True):
             assert [mine[key] for key in ("loss", "grad_norm", "tokens")] == [
                 other[key] for key in ("loss", "grad_norm", "tokens")
             ]
+
+
+@pytest.mark.parametrize("other", ["two", "experts", "tensor"])
+def test_every_rank_skips_the_step_that_is_no_number_on_one_of_them(runs: dict[str, Path], other: str):
+    expected = json.loads((runs["one"] / "results-0.json").read_text())["broken"]
+    assert (expected["skipped"], expected["non_finite"]) == (1.0, 1.0)
+    for rank in (0, 1):
+        assert json.loads((runs[other] / f"results-{rank}.json").read_text())["broken"] == expected
 
 
 @pytest.mark.parametrize("other", ["one", "two", "experts", "tensor"])
@@ -166,39 +145,6 @@ def test_borrowed_weights_are_neither_trained_nor_stored(tmp_path: Path):
             learner.save(str(tmp_path / "x"), 1)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "full_vocab"])
-def test_distilling_from_oneself_moves_nothing(tmp_path: Path, kind: str):
-    learner = build(optimizer=OptimizerConfig(lr=1e-2))
-    folder = str(tmp_path / "self")
-    learner.export(folder)
-    with learner.using(folder):
-        scores = learner.logprobs(sequences())
-    taught = [
-        dataclasses.replace(s, sampler_logprobs=tuple(row), teacher_logprobs=tuple(row), teacher=folder)
-        for s, row in zip(sequences(), scores, strict=True)
-    ]
-    metrics = learner.update(taught, distillation(DistillConfig(kind=kind)))
-    assert metrics["grad_norm"] < 2e-6
-    assert abs(metrics["reverse_kl"]) < 1e-6
-    assert metrics["masked_share"] == 0.0
-
-
-def test_distillation_brings_the_student_to_its_teacher(tmp_path: Path):
-    teacher = build(seed=5, optimizer=OptimizerConfig(lr=1e-2))
-    for _ in range(10):
-        teacher.update(sequences(), cross_entropy("token"))
-    folder = str(tmp_path / "teacher")
-    teacher.export(folder)
-    student = build(seed=6, optimizer=OptimizerConfig(lr=1e-2))
-    falling = []
-    for _ in range(12):
-        sampled = [dataclasses.replace(s, sampler_logprobs=tuple(row), teacher=folder)
-                   for s, row in zip(sequences(), student.logprobs(sequences()), strict=True)]  # fmt: skip
-        falling.append(student.update(sampled, distillation(DistillConfig(kind="full_vocab")))["reverse_kl"])
-    assert falling[-1] < 0.5 * falling[0]
-    assert min(falling) > 0.0
-
-
 def test_overfitting_two_sequences_reaches_a_known_loss():
     learner = build(optimizer=OptimizerConfig(lr=1e-2))
     losses = [learner.update(sequences(2), cross_entropy("token"))["loss"] for _ in range(30)]
@@ -216,6 +162,22 @@ def test_logprobs_are_those_of_the_configured_distribution():
     logits = raw.model.packed_logits(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32)).detach()
     expected = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
     assert scores[0][1:] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("distribution", [RAW, Distribution(temperature=0.7, top_p=0.9)])
+def test_long_rows_pass_the_output_layer_in_chunks(monkeypatch: pytest.MonkeyPatch, distribution: Distribution):
+    """7 tokens at a time, through the policy and Megatron's gradient buffers over several micro-batches."""
+    whole, chunked = (build(distribution=distribution, micro_batch_tokens=64) for _ in range(2))
+    expected = whole.logprobs(sequences()), whole.update(sequences(), cross_entropy("token"))
+    monkeypatch.setattr(forward, "output_logprobs", functools.partial(output_logprobs, chunk_logits=7 * 64))
+    found = chunked.logprobs(sequences()), chunked.update(sequences(), cross_entropy("token"))
+    for one, other in zip(expected[0], found[0], strict=True):
+        assert other == pytest.approx(one, abs=1e-6)
+    for key in ("loss", "grad_norm", "entropy"):
+        assert found[1][key] == pytest.approx(expected[1][key], rel=1e-6)
+    for one, other in zip(whole.model.parameters(), chunked.model.parameters(), strict=True):
+        torch.testing.assert_close(other.main_grad, one.main_grad, rtol=0.0, atol=1e-6)
+    assert chunked.model.output_layer.weight.main_grad.abs().max() > 1e-3
 
 
 def test_update_and_logprobs_agree_on_the_policy():
@@ -242,24 +204,6 @@ def test_frozen_router_and_expert_bias():
     still = build(optimizer=OptimizerConfig(lr=1e-2))
     still.update(sequences(), cross_entropy("token"))
     assert torch.equal(dict(still.weights())[bias], before[bias])
-
-
-def test_a_step_without_trained_tokens_is_skipped():
-    learner = build()
-    before = flat(learner)
-    masked = [dataclasses.replace(s, loss_mask=(0,) * len(s.loss_mask)) for s in sequences()]
-    assert learner.update(masked, cross_entropy("token"))["skipped"] == 1.0
-    assert learner.update([], cross_entropy("token"))["skipped"] == 1.0
-    assert torch.equal(flat(learner), before)
-
-
-def test_divergence_stops_before_the_weights_are_touched():
-    learner = build()
-    before = flat(learner)
-    broken = [dataclasses.replace(s, advantages=(math.inf,) * len(s.advantages)) for s in sequences()]
-    with pytest.raises(UserError, match="step 0: loss .* diverged.*optimizer.lr"):
-        learner.update(broken, policy_gradient(LossConfig()))
-    assert torch.equal(flat(learner), before)
 
 
 def test_clipping_bounds_the_step():

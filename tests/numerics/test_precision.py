@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_cascade.learner import parallel
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
@@ -26,18 +24,9 @@ from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.types import UserError
 from tests.numerics.precision_ranks import DEEP, rows
 
+pytestmark = pytest.mark.usefixtures("ranks")
 ON_CPU = ("fp32", "bf16", "hopper_fp8_emulated", "blackwell_mxfp8_emulated")
 STORED = {"F32": "float32", "BF16": "bfloat16"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def build(precision: str, bf16_layers: int = 2, export: str = "fp32", **optimizer: float) -> MegatronLearner:

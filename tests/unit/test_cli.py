@@ -113,7 +113,7 @@ def test_run_status_and_report(cascade, capsys, monkeypatch):
 
 
 def test_audit_passes_on_every_gold_and_anti_gold_case(capsys):
-    assert cli.main(["audit", "mcqa", "structured_output"]) == 0
+    assert cli.main(["audit", "mcqa", "structured_output", "--quick"]) == 0
     out = capsys.readouterr().out
     assert "mcqa" in out
     assert "MISS" not in out
@@ -124,7 +124,7 @@ def test_audit_finds_a_reward_that_pays_for_nothing(capsys, monkeypatch):
     from nemo_cascade.types import Scored
 
     monkeypatch.setattr(mcqa.DOMAIN, "score", lambda self, task, transcript: Scored(1.0, reason="always"))
-    assert cli.main(["audit", "mcqa"]) == 1
+    assert cli.main(["audit", "mcqa", "--quick"]) == 1
     assert "wanted 0, got 1 (always)" in capsys.readouterr().out
 
 

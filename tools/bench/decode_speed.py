@@ -27,19 +27,20 @@ def random_weights(config: NemotronHConfig) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in config.tensor_shapes().items()}
 
 
-def measure(model: AnyModel, batch: int) -> tuple[float, float]:
-    """Tokens per second of (reading prompts, decoding)."""
+def measure(model: AnyModel, batch: int, noted: bool) -> tuple[float, float]:
+    """Tokens per second of (reading prompts, decoding), `noted`: with the experts of every token."""
+    experts: list[bytes] | None = [] if noted else None
     rng = random.Random(batch)
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(15, 60))] for _ in range(batch)]
     model.prefill(prompts, STEPS)
     started = time.process_time()
-    _, cache = model.prefill(prompts, STEPS)
+    _, cache = model.prefill(prompts, STEPS, experts)
     read = sum(len(prompt) for prompt in prompts) / (time.process_time() - started)
     tokens_B = torch.randint(0, model.config.vocab_size, (batch,))
     seconds = []
     for _ in range(STEPS):
         started = time.process_time()
-        model.step(tokens_B, cache)  # type: ignore[arg-type]
+        model.step(tokens_B, cache, experts)  # type: ignore[arg-type]
         seconds.append(time.process_time() - started)
     return read, batch / statistics.median(seconds)
 
@@ -55,8 +56,10 @@ def main() -> None:
         models["compiled"] = NativeModel(config, named, loaded)
     for name, model in models.items():
         for batch in BATCHES:
-            read, decoded = measure(model, batch)
-            print(f"{name:9} batch {batch:4}: reads {read:8,.0f} tok/s, decodes {decoded:8,.0f} tok/s")
+            for noted in (False, True):
+                read, decoded = measure(model, batch, noted)
+                what = ", experts noted" if noted else ""
+                print(f"{name:9} batch {batch:4}: reads {read:8,.0f} tok/s, decodes {decoded:8,.0f} tok/s{what}")
 
 
 if __name__ == "__main__":

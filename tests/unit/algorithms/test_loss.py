@@ -71,13 +71,21 @@ def test_policy_gradient_over_sequences_ignores_sequences_without_trained_tokens
     assert grads[2] == pytest.approx([-2 / 9] * 3)
 
 
-@pytest.mark.parametrize("normalize", ["batch_tokens", "group_tokens", "sequence"])
+CHOICES = [
+    *({"normalize": name} for name in ("batch_tokens", "group_tokens", "sequence")),
+    {"normalize": "constant", "constant": 12.0},
+    {"importance": "sequence_mask", "importance_low": 0.5, "importance_high": 1.2},
+    {"clip_low": 0.2, "clip_high": 0.28},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("capacity", [4, 5, 7])
-def test_packing_changes_nothing(normalize: str, capacity: int):
-    objective = policy_gradient(LossConfig(normalize=normalize))
-    whole = evaluate(objective, SEQUENCES, LOGPROBS)
-    split = evaluate(objective, SEQUENCES, LOGPROBS, capacity)
-    back = evaluate(objective, SEQUENCES[::-1], LOGPROBS[::-1], capacity)
+def test_packing_changes_nothing(choice: dict[str, object], capacity: int):
+    objective, far = policy_gradient(LossConfig(**choice)), shifted(math.log(1.5))
+    whole = evaluate(objective, SEQUENCES, far)
+    split = evaluate(objective, SEQUENCES, far, capacity)
+    back = evaluate(objective, SEQUENCES[::-1], far[::-1], capacity)
     assert split[0] == pytest.approx(whole[0], abs=1e-6)
     assert split[1] == [pytest.approx(row, abs=1e-7) for row in whole[1]]
     assert back[1][::-1] == [pytest.approx(row, abs=1e-7) for row in whole[1]]
@@ -99,6 +107,52 @@ def test_tis_clamps_and_icepop_masks():
     assert icepop[2]["ratio_max"] == pytest.approx(3.0)
     near = evaluate(policy_gradient(LossConfig(importance="icepop")), SEQUENCES, shifted(math.log(1.5)))
     assert near[1][0] == pytest.approx([-1.5 / 6, -1 / 6])
+
+
+def test_a_sequence_leaves_whole_when_its_geometric_mean_ratio_does():
+    # Sequence 0 has two trained tokens, ratios 3 and 1: geometric mean sqrt(3) = 1.732.
+    for high, kept in ((1.75, 1.0), (1.7, 0.0)):
+        cfg = LossConfig(importance="sequence_mask", importance_high=high)
+        _, grads, metrics = evaluate(policy_gradient(cfg), SEQUENCES, shifted(math.log(3.0)))
+        assert grads[0] == pytest.approx([-3.0 / 6 * kept, -1 / 6 * kept])  # inside, single ratios are kept raw
+        assert grads[1] == pytest.approx([1 / 6])
+        assert metrics["masked_share"] == pytest.approx((1 - kept) * 2 / 6)
+        assert metrics["masked_sequence_share"] == pytest.approx((1 - kept) / 3)  # the one without tokens counts not
+
+
+def test_too_many_masked_sequences_abort():
+    cfg = LossConfig(importance="sequence_mask", importance_high=1.7, max_masked_share=0.332)
+    metrics = evaluate(policy_gradient(cfg), SEQUENCES, shifted(math.log(3.0)))[2]
+    with pytest.raises(UserError, match=r"loss.max_masked_share.*takes out 33% of the trained tokens"):
+        policy_gradient(cfg).check(metrics)
+    with pytest.raises(UserError, match=r"takes out 33% of the sequences, more than 33%"):
+        policy_gradient(cfg).check(metrics | {"masked_share": 0.0})
+
+
+def test_on_policy_clipping_is_the_plain_gradient_to_the_bit():
+    plain = evaluate(policy_gradient(LossConfig()), SEQUENCES, LOGPROBS)
+    clipped = evaluate(policy_gradient(LossConfig(clip_low=0.2, clip_high=0.2)), SEQUENCES, LOGPROBS)
+    assert clipped[1] == plain[1]
+    assert clipped[2]["clipped_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope"),
+    [(1.1, 1.0, 1.1), (1.3, 1.0, 0.0), (1.3, -1.0, -1.3), (0.9, -1.0, -0.9), (0.7, -1.0, 0.0), (0.7, 1.0, 0.7)],
+)
+def test_the_clip_holds_only_what_has_already_moved_far_enough(ratio: float, advantage: float, slope: float):
+    """By the definition of PPO: no gradient above 1.28 for A > 0 and below 0.8 for A < 0, else rho A."""
+    one = [Sequence((5, 6), (0, 1), (0.0, advantage), (0.0, -1.0))]
+    objective = policy_gradient(LossConfig(clip_low=0.2, clip_high=0.28))
+    _, grads, metrics = evaluate(objective, one, [[-1.0 + math.log(ratio)]])
+    assert grads[0] == pytest.approx([-slope], rel=1e-6)
+    assert metrics["clipped_share"] == float(slope == 0.0)
+
+
+def test_clipping_needs_the_old_log_probabilities():
+    bare = [dataclasses.replace(sequence, sampler_logprobs=()) for sequence in SEQUENCES]
+    with pytest.raises(UserError, match=r"loss\.clip_low needs the sampler's log-probabilities"):
+        evaluate(policy_gradient(LossConfig(clip_low=0.2, clip_high=0.2)), bare, LOGPROBS)
 
 
 def test_too_many_masked_tokens_abort():
@@ -159,9 +213,42 @@ def test_distillation_advantage_can_be_clipped():
     assert grads[1] == pytest.approx([0.25 / 3])
 
 
-def test_distilling_from_oneself_has_no_gradient():
+@pytest.mark.parametrize("alpha", [1e-3, 1.0, 5.0])
+def test_the_power_advantage_is_bounded_has_the_sign_and_tends_to_the_log_ratio(alpha: float):
+    far = with_teacher([(0.0, -0.5, -60.0), (0.0, -1.5), (0.0, -0.1, -0.2, -0.6), (0.0, 0.0)])
+    plain = evaluate(distillation(DistillConfig()), far, LOGPROBS)[1]
+    power = evaluate(distillation(DistillConfig(advantage="power", power_alpha=alpha)), far, LOGPROBS)[1]
+    for mine, other, weight in zip(power, plain, (1 / 6, 1 / 3, 1 / 9, 0.0), strict=True):
+        for bounded, free in zip(mine, other, strict=True):
+            assert abs(bounded) <= weight / alpha
+            assert math.copysign(1.0, bounded) == math.copysign(1.0, free) or bounded == free == 0.0
+    if alpha == 1e-3:
+        assert power[1] == pytest.approx(plain[1], rel=2e-3)
+
+
+def test_domain_weights_decide_the_shares_whatever_the_numbers_of_sequences():
+    """Domain 0 has two sequences of 2 and 1 tokens, domain 1 one of 3: with weights 1 and 3 it gets three quarters."""
+    far = with_teacher([(-9.0,) * len(sequence.token_ids) for sequence in SEQUENCES])
+    placed = [dataclasses.replace(sequence, domain=sequence.group) for sequence in far]
+    cfg = DistillConfig(domain_weights={"code": 1.0, "math": 3.0}, advantage="power", importance_high=9.0)
+    for capacity in (100, 4):
+        _, grads, metrics = evaluate(distillation(cfg, ["code", "math"]), placed, LOGPROBS, capacity)
+        pulls = [[g / (math.exp(lp) - math.exp(-9.0)) for g, lp in zip(*rows, strict=True)]
+                 for rows in zip(grads[:3], LOGPROBS, strict=False)]  # fmt: skip
+        assert pulls[0] == pytest.approx([1 / 16] * 2) and pulls[1] == pytest.approx([1 / 8])  # 1/4, in equal parts
+        assert pulls[2] == pytest.approx([1 / 4] * 3)
+        assert metrics["reverse_kl/math"] == pytest.approx(9.0 - 0.2, rel=1e-6)
+    weights, names = {"code": 1.0, "math": 3.0}, ["code", "math"]
+    present = distillation(DistillConfig(domain_weights=weights), names)
+    absent = distillation(DistillConfig(domain_weights=weights | {"rlhf": 9.0}), [*names, "rlhf"])
+    one, two = evaluate(absent, placed, LOGPROBS), evaluate(present, placed, LOGPROBS)
+    assert one[:2] == two[:2] and "reverse_kl/rlhf" not in one[2]  # a domain without tokens takes no share
+
+
+@pytest.mark.parametrize("advantage", ["log_ratio", "power"])
+def test_distilling_from_oneself_has_no_gradient(advantage: str):
     own = with_teacher([(0.0, *row) for row in LOGPROBS])
-    loss, grads, metrics = evaluate(distillation(DistillConfig()), own, LOGPROBS)
+    loss, grads, metrics = evaluate(distillation(DistillConfig(advantage=advantage)), own, LOGPROBS)
     assert (loss, metrics["reverse_kl"]) == (0.0, 0.0)
     assert all(value == 0.0 for row in grads for value in row)
 

@@ -125,6 +125,46 @@ def test_a_model_that_cannot_be_cut_is_refused(cascade, overrides, words):
     assert words in wrong(cascade, *(f"hardware.{override}" for override in overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("stages.if_rl.loss.routing_replay=sampler", "hardware.sampler=trtllm"),
+            "if_rl.yaml: key 'loss.routing_replay': sampler needs a sampler that reports the experts it used, which "
+            "hardware.sampler trtllm does not; set it to learner",
+        ),
+        (
+            ("stages.mopd.distill.routing_replay=sampler", "hardware.sampler=trtllm"),
+            "mopd.yaml: key 'distill.routing_replay': sampler needs a sampler that reports",
+        ),
+        (
+            ("stages.mopd.distill.routing_replay=sampler", "hardware.context_parallel=2"),
+            "key 'distill.routing_replay': sampler does not work with hardware context_parallel above 1",
+        ),
+        (
+            ("stages.if_rl.loss.routing_replay=learner", "hardware.pipeline_parallel=2"),
+            "key 'loss.routing_replay': learner does not work with hardware pipeline_parallel above 1",
+        ),
+        (
+            ("stages.if_rl.loss.routing_replay=learner", "model.hybrid_override_pattern=M*MM*M"),
+            "key 'loss.routing_replay': learner needs layers of experts, the model has none",
+        ),
+        (
+            ("stages.if_rl.loss.routing_replay=sampler", "model.n_routed_experts=256"),
+            "sampler keeps expert numbers in a byte, the model has 256 experts",
+        ),
+        (("stages.if_rl.loss.routing_replay=engine",), "'engine' is not one of none, learner, sampler"),
+    ],
+)
+def test_replay_that_cannot_work_is_refused(cascade, overrides, words):
+    assert words in wrong(cascade, *overrides)
+
+
+def test_a_sampler_that_cannot_report_experts_may_be_used_without(cascade):
+    """Who lets the Learner record, or trains on what was recorded, needs no report."""
+    make_plan(load_cascade(cascade, ["stages.if_rl.loss.routing_replay=learner", "hardware.sampler=trtllm"]))
+
+
 def test_layers_that_fp8_leaves_out_are_listed(cascade):
     fp8 = ("hardware.precision=hopper_fp8", "hardware.layer_spec=te")
     assert "leaves no layer in FP8: mixer.in_proj: width 648 is" in wrong(cascade, *fp8, "model.hidden_size=72")

@@ -209,6 +209,33 @@ def test_diff_lists_what_changed(cascade):
         ("stages.if_rl.loss.kl=-0.1", "loss.kl: -0.1 is below 0.0"),
         ("stages.if_rl.loss.importance_high=0.1", "loss.importance_high: 0.1 is below 0.5"),
         ("stages.mopd.distill.clip_advantage=0", "distill.clip_advantage: 0.0 is not above 0.0"),
+        ("stages.mopd.distill.top_k=0", "distill.top_k: 0 is below 1"),
+        ("stages.mopd.distill.power_alpha=0", "distill.power_alpha: 0.0 is not above 0.0"),
+        ("stages.mopd.distill.domain_weights={math: 0}", "distill.domain_weights.math: 0.0 is not above 0.0"),
+        (
+            "stages.mopd.distill.domain_weights={math: 1}",
+            "distill.domain_weights: math are not the stage's domains code, instruction_following, math; give each "
+            "domain a weight, or none",
+        ),
+        (
+            "stages.mopd.filters.dynamic=true",
+            "filters.dynamic: distillation has no rewards that could differ; set it to false",
+        ),
+        ("stages.if_rl.optimizer.max_skipped_steps=-1", "optimizer.max_skipped_steps: -1 is below 0"),
+        (
+            "stages.if_rl.loss.normalize=constant",
+            "loss.constant: it goes with normalize constant, and only with it; Dr. GRPO divides by "
+            "sampling.max_new_tokens x prompts_per_step x group_size",
+        ),
+        (
+            "stages.if_rl.loss.clip_low=0.2",
+            "loss.clip_low: it goes with loss.clip_high; set both (PPO: 0.2 and 0.2) or none",
+        ),
+        (
+            "stages.if_rl.loss={clip_low: 0.2, clip_high: 0.28, importance: tis}",
+            "loss.clip_low: clipping already weighs by the ratio to the Sampler, and importance tis would weigh by it "
+            "again; set one of them to none (null)",
+        ),
         ("stages.mopd.micro_batch_tokens=0", "micro_batch_tokens: 0 is below 1"),
         ("judge={url: 'http://j', timeout_s: 0}", "judge.timeout_s: 0.0 is not above 0.0"),
         ("judge={url: 'http://j', strategy: ring}", "judge.strategy: 'ring' is not one of all_pairs, circular"),
@@ -226,11 +253,17 @@ def test_bounds_name_the_file(cascade):
     assert load_cascade(str(cascade), ["stages.sft.optimizer.schedule=cosine"]).stages["sft"].optimizer.min_lr == 0.001
 
 
+def test_the_power_advantage_belongs_to_sampled_tokens(cascade):
+    said = wrong(cascade, "stages.mopd.distill={kind: topk, advantage: power}")
+    assert "distill.advantage: power has no effect with kind topk; choose kind sampled" in said
+
+
+@pytest.mark.parametrize("kind", ["full_vocab", "topk"])
 @pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=5"])
-def test_the_exact_reverse_kl_needs_the_whole_vocabulary(cascade, cut):
+def test_the_exact_reverse_kl_needs_the_whole_vocabulary(cascade, cut, kind):
     key, value = cut.split("=")
-    said = wrong(cascade, "stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{key}={value}")
-    assert "distill.kind: full_vocab compares whole vocabularies, and sampling.top_p or top_k cuts them" in said
+    said = wrong(cascade, f"stages.mopd.distill.kind={kind}", f"stages.mopd.sampling.{key}={value}")
+    assert f"distill.kind: {kind} compares whole vocabularies, and sampling.top_p or top_k cuts them" in said
     load_cascade(str(cascade), ["stages.mopd.distill.kind=full_vocab"])
     raw = ["stages.mopd.distill.kind=full_vocab", f"stages.mopd.sampling.{cut}", "stages.mopd.sampling.logprobs=raw"]
     load_cascade(str(cascade), raw)

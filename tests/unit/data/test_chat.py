@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -198,3 +199,19 @@ def test_users_errors(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
         tokenizer.encode_conversation(task, (Message("tool", "5"),))
     with pytest.raises(UserError, match="train: 'all' is not one of"):
         tokenizer.encode_conversation(task, (Message("assistant", "5"),), train="all")
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    own = (Path(tokenizer.folder) / "tokenizer.json").read_text()
+    teacher = tmp_path / "tokenizer.json"
+    tokenizer.refuse_other_tokens(tmp_path)  # nothing there to compare with
+    for same in (own, json.dumps(json.loads(own), indent=2)):
+        teacher.write_text(same)
+        tokenizer.refuse_other_tokens(tmp_path)
+    content = json.loads(own)
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=lambda text: vocabulary[text])[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]  # the same size, other ids
+    teacher.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: 2 entries differ from the tokenizer .* choose another one"):
+        tokenizer.refuse_other_tokens(tmp_path)

@@ -99,7 +99,7 @@ def test_another_command_starts_afresh(tmp_path: Path, capsys) -> None:
 
 
 def test_two_conversions_to_one_target(tmp_path: Path, capsys) -> None:
-    with hf_copy._only_writer(tmp_path / ".out.partial", tmp_path / "out"):
+    with hf_copy.only_writer(tmp_path / ".out.partial", tmp_path / "out"):
         assert cli.main(["convert", str(NANO), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/out: another process is writing it; wait for it or stop it\n"
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from nemo_cascade.learner import checkpoint, folder, parallel
+from nemo_cascade.learner import checkpoint, folder
 from nemo_cascade.learner.training_state import TrainingState
 from nemo_cascade.types import UserError
 
+pytestmark = pytest.mark.usefixtures("ranks")
 MODEL = {"hidden_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 def state(**tensors: torch.Tensor) -> TrainingState:

@@ -56,6 +56,34 @@ def test_steps_equal_full_recompute(model: AnyModel, oracle: DecodeModel) -> Non
             torch.testing.assert_close(logits_BV[place], full[row][cut[row] + step], atol=1e-5, rtol=1e-5)
 
 
+def by_token(experts: bytes) -> list[list[list[int]]]:
+    """[tokens][MoE layers], the two experts of each in ascending order."""
+    layers = len(CONFIG.layers("E"))
+    table = torch.frombuffer(bytearray(experts), dtype=torch.uint8).view(-1, layers, CONFIG.num_experts_per_tok)
+    return table.sort(-1).values.tolist()
+
+
+def test_experts_are_noted_as_chosen_and_noting_changes_nothing(model: AnyModel, oracle: DecodeModel) -> None:
+    texts = prompts([5, 70, 33, 34, 1], seed=8)
+    whole: list[bytes] = []
+    oracle.prefill(texts, experts=whole)
+    read = [3, 40, 20, 33, 1]
+    heads = [text[:at] for text, at in zip(texts, read, strict=True)]
+    noted: list[bytes] = []
+    (logits_BV, cache), (plain_BV, plain_cache) = model.prefill(heads, experts=noted), model.prefill(heads)
+    assert torch.equal(logits_BV, plain_BV)
+    for row in range(5):
+        assert by_token(noted[row]) == by_token(whole[row])[: read[row]]
+    assert len({expert for row in whole for token in by_token(row) for layer in token for expert in layer}) == 6
+    for cached in (cache, plain_cache):
+        assert cached.drop([0, 4]) == [3, 1, 2]
+    fed = torch.tensor([texts[row][read[row]] for row in (3, 1, 2)])
+    stepped: list[bytes] = []
+    assert torch.equal(model.step(fed, cache, stepped), model.step(fed, plain_cache))
+    for row, own in zip((3, 1, 2), stepped, strict=True):
+        assert by_token(own) == [by_token(whole[row])[read[row]]]
+
+
 def test_long_decode_grows_the_attention_cache(model: AnyModel, oracle: DecodeModel) -> None:
     text = prompts([90])[0]
     full = oracle.forward([text])[0]

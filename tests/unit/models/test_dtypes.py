@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_cascade.config.schema import PRECISIONS, HardwareConfig
+from nemo_cascade.config.schema_hardware import PRECISIONS, HardwareConfig
 from nemo_cascade.models import dtypes
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.decode import DecodeModel

@@ -10,8 +10,8 @@ from nemo_cascade.models import convert, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.moe import routers
 from nemo_cascade.models.nemotron_h import NemotronH
-from nemo_cascade.models.routing import NO_CHOICE, Routing
-from nemo_cascade.types import UserError
+from nemo_cascade.models.routing import Routing
+from nemo_cascade.types import NO_CHOICE, UserError
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = torch.randint(0, 512, (90,), generator=torch.Generator().manual_seed(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -91,16 +92,20 @@ def test_one_line_per_step_with_exclusive_timers(tmp_path: Path) -> None:
 def test_resume_takes_back_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, "if_rl", 5)
     for step in record.remaining(0):
-        record.rollouts(step, [group(1.0)])
+        (made,) = group(1.0).rollouts
+        record.rollouts(step, [Group(TASK, (dataclasses.replace(made, routed_experts=b"123456"),), (True,))])
         record.step(step, {"loss": float(step)})
         if step == 3:
             break
+    assert recorded_steps(tmp_path, experts=True) == [0, 1, 2, 3]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # the kill came in the middle of a line
     resumed = RunRecord(tmp_path, "if_rl", 5)
     assert list(resumed.remaining(2)) == [2, 3, 4]
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
-    assert recorded_steps(tmp_path) == [0, 1]
+    assert recorded_steps(tmp_path) == recorded_steps(tmp_path, experts=True) == [0, 1]
+    with pytest.raises(ValueError, match="rollout math-1#0: 7 experts for 3 tokens"):
+        dataclasses.replace(made, routed_experts=b"1234567")
 
 
 def test_not_a_number_becomes_null_and_stays_out_of_trackers(tmp_path: Path) -> None:

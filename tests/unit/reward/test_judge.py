@@ -145,7 +145,15 @@ def test_no_judge_at_all_is_invalid() -> None:
 
 @pytest.mark.parametrize(
     ("text", "verdict"),
-    [("CORRECT", True), ("INCORRECT", False), ("Not CORRECT: INCORRECT.", False), ("correct", None), ("yes", None)],
+    [
+        ("CORRECT", True),
+        ("INCORRECT", False),
+        ("Not CORRECT: INCORRECT.", False),
+        ("It says CORRECT.\n**INCORRECT**\n", False),
+        ("It says CORRECT, which", None),
+        ("correct", None),
+        ("yes", None),
+    ],
 )
 def test_equivalence_words(text: str, verdict: bool | None) -> None:
     assert parse_equivalence(text) is verdict
@@ -153,7 +161,7 @@ def test_equivalence_words(text: str, verdict: bool | None) -> None:
 
 def test_equivalence_grades() -> None:
     def reply(messages: list[dict[str, str]]) -> str:
-        return "CORRECT" if "Candidate answer:\nthe sun" in messages[0]["content"] else "INCORRECT"
+        return "CORRECT" if "]\nthe sun\n[" in messages[0]["content"] else "INCORRECT"
 
     with JudgeServer(reply) as server, Judge(server.url, "nano", timeout_s=10) as judge:
         right = grade_equivalence(judge, "What heats water?", "the sun", "the sun")
@@ -173,7 +181,7 @@ def test_equivalence_grades() -> None:
         ('{"rubric": [1], "overall": {"score_1": 3, "score_2": 3, "ranking": 5}}', Verdict(3, 3, 5)),
         (
             '```json\n{"score_1": 2, "score_2": 4, "ranking": 5}\n``` {"score_1": 5, "score_2": 1, "ranking": 1}',
-            Verdict(2, 4, 5),
+            Verdict(5, 1, 1),  # whatever was quoted before, fenced or not
         ),
         ('{"score_1": 4, "score_2": 2}', Verdict(4, 2, 3.5)),
         ('{"score_1": 400, "score_2": 2, "ranking": 2}', None),

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.reward import bubblewrap
-from nemo_cascade.reward.fork_server import to_json
 from nemo_cascade.reward.sandbox import File, Limits, Sandbox
+from nemo_cascade.reward.wire import to_json
 from nemo_cascade.types import UserError
 
 FAST = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256, output_bytes=4096)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +14,7 @@ from nemo_cascade.protocols import Domain
 from nemo_cascade.rollout.collect import Collector
 from nemo_cascade.rollout.conversation import request_seed
 from nemo_cascade.rollout.local import LocalSampler
-from nemo_cascade.types import Invalid, Message, Scored, Task, UserError
+from nemo_cascade.types import Invalid, Message, Outcome, Scored, Task, Transcript, UserError
 from tests.unit.rollout.standins import (
     CountDomain,
     EchoDomain,
@@ -129,8 +131,8 @@ def test_dynamic_filtering_replaces_groups_until_the_batch_is_full() -> None:
     second = [echo("easy3"), echo("owl"), echo("elk")]
     collected = play.collect(give(first, second), 3, 8, seed=1, step=0)
     assert [group.task.id for group in collected.groups] == ["echo-fox", "echo-owl", "echo-elk"]
-    assert collected.dropped == {"all_equal": 3}
-    assert collected.metrics() == {"groups_dropped": 3.0, "groups_dropped/all_equal": 3.0, "refills": 1.0}
+    assert collected.dropped == {"all_correct": 3}
+    assert collected.metrics() == {"groups_dropped": 3.0, "groups_dropped/all_correct": 3.0, "refills": 1.0}
     assert collected.rollouts == 6 * 8
     batches = [len(batch) for batch in play.sampler.batches]
     assert batches == [24, 16, 8]  # 2 replacements (easy3, owl), then one more (elk)
@@ -139,8 +141,58 @@ def test_dynamic_filtering_replaces_groups_until_the_batch_is_full() -> None:
 def test_refills_are_bounded_and_the_message_names_the_remedy() -> None:
     play = collector([EchoDomain()], half_right, {"dynamic": True, "max_refills": 2})
     easy = [echo("easy1"), echo("easy2")]
-    with pytest.raises(UserError, match=r"after 2 refills only 0 of 2 groups are usable \(dropped: 6 all_equal\)"):
+    with pytest.raises(UserError, match=r"after 2 refills only 0 of 2 groups are usable \(dropped: 6 all_correct\)"):
         play.collect(give(easy, easy, easy, easy), 2, 4, 0, 0)
+
+
+def test_every_reason_is_counted_and_the_surplus_never_reaches_another_step() -> None:
+    """Easy words are all right, "never" ones all wrong, "half" ones differ below the bound, the rest is kept."""
+
+    def answer(text: str, seed: int) -> str:
+        word = text.split("say ")[1].split("<")[0].strip()
+        return "no" if "never" in word else half_right(text, seed)
+
+    class Partial(EchoDomain):
+        def score(self, task: Task, transcript: Transcript) -> Outcome:
+            outcome = super().score(task, transcript)
+            assert isinstance(outcome, Scored)
+            return Scored(0.4 * outcome.reward) if "half" in str(task.truth["word"]) else outcome
+
+    play = collector([Partial()], answer, {"dynamic": True, "mask_groups_below_max": 0.5})
+    first = [echo("easy"), echo("never"), echo("half"), echo("owl")]
+    more = [echo("fox"), echo("elk"), echo("cat"), echo("dog")]
+    collected = play.collect(give(first, more), 4, 8, seed=1, step=0)
+    assert collected.dropped == {"all_correct": 1, "all_wrong": 1, "below_max": 1}
+    assert [group.task.id for group in collected.groups] == ["echo-owl", "echo-fox", "echo-elk", "echo-cat"]
+    assert (collected.refills, collected.rollouts) == (1, 7 * 8)  # "dog" was given, not needed and never sampled
+    later = play.collect(give([echo("ant"), echo("bee")]), 2, 8, seed=1, step=1)
+    assert [group.task.id for group in later.groups] == ["echo-ant", "echo-bee"]
+
+
+def test_without_dynamic_filtering_a_masked_group_stays_and_is_counted() -> None:
+    play = collector([EchoDomain()], lambda text, seed: "no", {"mask_groups_below_max": 0.5})
+    collected = play.collect(give([echo("fox")]), 1, 4, 0, 0)
+    assert collected.groups[0].in_loss == (False,) * 4
+    assert collected.metrics() == {"groups_dropped": 1.0, "groups_dropped/all_wrong": 1.0, "refills": 0.0}
+
+
+def test_a_sampler_that_gives_no_numbers_makes_its_rollouts_invalid() -> None:
+    play = collector([EchoDomain()], half_right, {"max_invalid_share": 0.9})
+    sample = play.sampler.sample
+
+    def broken(requests, params):
+        for index, completion in sample(requests, params):
+            bad = requests[index].seed % 3 == 0
+            yield index, replace(completion, logprobs=(math.nan, *completion.logprobs[1:])) if bad else completion
+
+    play.sampler.sample = broken
+    group = play.collect(give([echo("fox")]), 1, 12, seed=0, step=0).groups[0]
+    bad = [request_seed(0, 0, "echo-fox", sample, 0) % 3 == 0 for sample in range(12)]
+    assert 0 < sum(bad) < 12
+    reason = "the sampler gave NaN as a log-probability (task echo-fox, turn 1)"
+    assert [rollout.outcome == Invalid(reason) for rollout in group.rollouts] == bad
+    assert [not kept for kept in group.in_loss] == bad
+    assert not any(math.isnan(value) for rollout in group.rollouts for value in rollout.logprobs)
 
 
 def test_too_long_prompts_are_counted_and_replaced() -> None:

@@ -45,8 +45,12 @@ def test_groups_whose_best_is_not_above_the_bound_leave_the_loss(best: float, ke
 @pytest.mark.parametrize(
     ("outcomes", "reason"),
     [
-        ((Scored(1.0), Scored(1.0), Invalid("x")), "all_equal"),
-        ((Scored(1.0), Invalid("x"), Invalid("x")), "too_few_valid"),
+        ((Scored(1.0), Scored(1.0), Invalid("x")), "all_correct"),
+        ((Scored(0.0), Scored(0.0)), "all_wrong"),
+        ((Scored(0.25), Scored(0.25)), "all_equal"),
+        ((Scored(1.0), Invalid("x"), Invalid("x")), "invalid"),
+        ((Scored(1.0),), "invalid"),  # a group of one: nothing to compare with
+        ((Invalid("x"), Invalid("x")), "invalid"),
         ((Scored(1.0), Scored(0.0)), ""),
     ],
 )
@@ -54,8 +58,10 @@ def test_why_a_group_is_dropped(outcomes: tuple[Outcome, ...], reason: str) -> N
     assert why_dropped(group_of(*outcomes)) == reason
 
 
-def test_a_group_outside_the_loss_is_dropped_as_masked() -> None:
-    assert why_dropped(group_of(Scored(0.1), Scored(0.2), below=0.5)) == "masked"
+def test_a_group_outside_the_loss_says_which_filter_took_it_out() -> None:
+    assert why_dropped(group_of(Scored(0.1), Scored(0.2), below=0.5), 0.5) == "below_max"
+    assert why_dropped(group_of(Scored(0.1), Scored(0.9), truncated=(0, 1), overlong="filter"), 0.5) == "truncated"
+    assert why_dropped(group_of(Scored(0.1), truncated=(0,), overlong="filter")) == "truncated"
 
 
 def test_too_many_invalid_rollouts_stop_the_step() -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.rollout.remote import RemoteSampler
 from nemo_cascade.rollout.server import LoopbackServer, Server, ServerHandle, start_server
 from nemo_cascade.rollout.trtllm import TrtLlmSampler
-from nemo_cascade.types import Message, Request, SamplingParams, UserError
+from nemo_cascade.types import Json, Message, Request, SamplingParams, UserError
 from tests.unit.rollout.standins import nano_chat, random_weights, tiny_config, write_folder
 
 CONFIG = tiny_config()
@@ -29,17 +30,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("model"), CONFIG, WEIGHTS)
 
 
+@contextmanager
+def listening(served: Server) -> Iterator[str]:
+    """The server on a thread of this process: the same code without the start-up time."""
+    server = LoopbackServer(0, served)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server.url
+    server.shutdown()
+    server.server_close()
+    served.decoding.close()
+
+
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """The server on a thread of this process: the same code without the start-up time."""
-    served = Server(LocalSampler.from_folder(folder), CHAT, "tiny", thinking=False)
-    listening = LoopbackServer(0, served)
-    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield listening.url
-    listening.shutdown()
-    listening.server_close()
-    served.decoding.close()
+    with listening(Server(LocalSampler.from_folder(folder), CHAT, "tiny", thinking=False)) as address:
+        yield address
 
 
 def post(url: str, path: str, **body: object) -> httpx.Response:
@@ -134,6 +140,7 @@ def test_our_judge_client_gets_an_answer(url: str) -> None:
         ("/v1/completions", {"prompt": [[1], [2]], "seed": [1]}, "seed: .* a list of 2, one per prompt"),
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, "temperature: 'hot' is not a number"),
         ("/v1/completions", {"prompt": [[900]]}, "token ids must lie in 0..511"),
+        ("/v1/chat/completions", {"messages": [], "return_routed_experts": True}, "only /v1/completions reports"),
         ("/v1/chat/completions", {"messages": [{"role": "robot"}]}, r"messages\[0\].role: one of system, user"),
         ("/weights", {"folder": 3}, "weights: `folder`"),
     ],
@@ -183,6 +190,28 @@ def test_answers_of_other_weights_are_refused(url: str) -> None:
     first.load_weights(iter(WEIGHTS.items()), 0)
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("says", "message"), [(False, "its /health does not say that it can"), (True, "0 bytes for 3 tokens")]
+)
+def test_a_server_that_cannot_report_experts_is_refused(folder: Path, says: bool, message: str) -> None:
+    """Of another make: it does not know the flag, or promises more than it gives."""
+
+    class Other(Server):
+        def health(self) -> dict[str, Json]:
+            return {**super().health(), "routed_experts": says}
+
+        def completions(self, body: dict[str, Json]) -> dict[str, Json]:
+            body.pop("return_routed_experts", None)
+            return super().completions(body)
+
+    with listening(Other(LocalSampler.from_folder(folder), CHAT, "other")) as address:
+        sampler = RemoteSampler(address, deadline_s=30.0)
+        assert len(dict(sampler.sample([Request((1,), 0, 2)], SamplingParams(2)))[0].token_ids) == 2
+        with pytest.raises(UserError, match=rf"sampler at {address}: does not report the experts .*{message}"):
+            list(sampler.sample([Request((1,), 0, 2)], SamplingParams(2, routed_experts=True)))
+        sampler.close()
 
 
 def test_trtllm_says_what_it_needs() -> None:

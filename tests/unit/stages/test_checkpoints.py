@@ -4,19 +4,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from nemo_cascade.learner import parallel
-
-import torch  # isort: skip
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from nemo_cascade.learner import checkpoint
 from nemo_cascade.learner.training_state import TrainingState
 from nemo_cascade.stages.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("ranks")
 
 
 class Counter:
@@ -48,16 +46,6 @@ def checkpoints(folder: Path, num_steps: int) -> Checkpoints:
 
 def complete(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-
-
-@pytest.fixture(autouse=True)
-def ranks() -> Iterator[None]:
-    started = parallel.is_started()
-    if not started:
-        parallel.start()
-    yield
-    if not started:
-        parallel.stop()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -40,8 +40,8 @@ def test_a_plain_install_brings_configuration_and_the_nano_models(wheel, tmp_pat
     assert {f"nemo_cascade/{name}" for name in wanted} <= names
     for name in ("base/model.safetensors", "judge/model.safetensors", "tokenizer/tokenizer.json"):
         assert f"nemo_cascade/models/nano/{name}" in names
-    assert {"nemo_cascade/models/decode_step.c", "nemo_cascade/cascade/report.html"} <= names
-    assert "nemo_cascade/reward/office_tables/emails.csv" in names
+    for name in ("models/decode_step.c", "models/mixer.c", "cascade/report.html", "reward/office_tables/emails.csv"):
+        assert f"nemo_cascade/{name}" in names
     wheel.extractall(tmp_path)
     script = (
         "import nemo_cascade, sys; from nemo_cascade.cli import main; print(nemo_cascade.__file__); sys.exit(main())"

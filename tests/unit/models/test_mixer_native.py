@@ -1,0 +1,120 @@
+"""The C mixer against the recurrence as the paper writes it, and against the PyTorch one inside a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from nemo_cascade.learner.parallel import ParallelLayout
+from nemo_cascade.models import mamba, nemotron_h
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.mamba import Mamba2Mixer
+from nemo_cascade.models.mixer_native import CHUNK, MixerSizes, library, mix
+from nemo_cascade.models.packed import packed_row
+from tests.numerics.test_mixer import recurrence
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+CONFIG = NemotronHConfig(
+    vocab_size=16, hidden_size=24, hybrid_override_pattern="M", num_attention_heads=2, num_key_value_heads=1,
+    head_dim=4, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=6, n_groups=2, n_routed_experts=2,
+    num_experts_per_tok=1, moe_intermediate_size=4, moe_shared_expert_intermediate_size=4, chunk_size=8,
+)  # fmt: skip
+WIDER = dataclasses.replace(CONFIG, mamba_num_heads=2, mamba_head_dim=48, n_groups=1, conv_kernel=2)
+LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def mixer_of(config: NemotronHConfig, layout: ParallelLayout) -> Mamba2Mixer:
+    """A mixer with every parameter away from its start."""
+    generator = torch.Generator().manual_seed(2)
+    mixer = nemotron_h.build(config, layout).decoder.layers[0].mixer
+    for name, parameter in mixer.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(drawn * 0.5 if "proj" in name or "conv" in name else parameter + 0.3 * drawn)
+    return mixer
+
+
+def problem(config: NemotronHConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(sum(LENGTHS), config.hidden_size, generator=generator)
+    upstream = torch.randn(hidden.shape, generator=generator)
+    return hidden, upstream, torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+
+def differentiated(mixer: Mamba2Mixer, config: NemotronHConfig) -> dict[str, torch.Tensor]:
+    """Output and every gradient."""
+    hidden, upstream, bounds = problem(config)
+    hidden.requires_grad_()
+    mixer.zero_grad()
+    output = mixer(hidden.unsqueeze(1), packed_seq_params=packed_row(bounds, config.chunk_size))[0].squeeze(1)
+    (output * upstream).sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in mixer.named_parameters()}
+    return grads | {"output": output.detach(), "hidden": hidden.grad}
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDER])
+def test_values_and_gradients_equal_the_recurrence_in_float64(layout: ParallelLayout, config: NemotronHConfig) -> None:
+    """To 5e-6 of the largest entry, over packed boundaries; PyTorch in fp32 is within 5e-6, too."""
+    mixer = mixer_of(config, layout)
+    assert mixer.sizes.usable(torch.zeros(1))
+    found = differentiated(mixer, config)
+    hidden, upstream, bounds = problem(config)
+    naive = {name: parameter.detach().double().requires_grad_() for name, parameter in mixer.named_parameters()}
+    hidden = hidden.double().requires_grad_()
+    output = torch.cat([recurrence(naive, config, hidden[a:b]) for a, b in itertools.pairwise(bounds.tolist())])
+    (output * upstream).sum().backward()
+    expected = {name: tensor.grad for name, tensor in naive.items()} | {
+        "output": output.detach(),
+        "hidden": hidden.grad,
+    }
+    for name, value in expected.items():
+        assert value.abs().max() > 1e-3, name
+        assert (found[name] - value).abs().max() < 5e-6 * value.abs().max(), name
+
+
+def test_it_is_the_pytorch_mixer_to_rounding(layout: ParallelLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, ran = mixer_of(CONFIG, layout), []
+    monkeypatch.setattr(mamba, "mix", lambda *args: ran.append(1) or mix(*args))
+    native = differentiated(mixer, CONFIG)
+    monkeypatch.setattr(MixerSizes, "usable", lambda self, row: False)
+    plain = differentiated(mixer, CONFIG)
+    assert ran == [1]
+    for name, value in plain.items():
+        assert (native[name] - value).abs().max() < 1e-5 * value.abs().max(), name
+
+
+def test_a_sequence_has_the_same_bits_alone_and_packed(layout: ParallelLayout) -> None:
+    mixer = mixer_of(CONFIG, layout)
+    hidden, _, bounds = problem(CONFIG)
+    projected = mixer.in_proj(hidden.unsqueeze(1))[0][:, 0]
+    conv = mixer.conv1d.weight.squeeze(1)
+    weights = (conv, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
+    packed = mix(projected, weights, bounds.tolist(), mixer.sizes)
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        alone = mix(projected[begin:end], weights, [0, end - begin], mixer.sizes)
+        assert torch.equal(alone, packed[begin:end])
+    assert packed.abs().max() > 0.1
+
+
+def test_what_it_does_not_take_goes_to_pytorch() -> None:
+    sizes = MixerSizes(heads=4, width=16, groups=2, state=6, taps=4, eps=1e-5)
+    row = torch.zeros(3, 4)
+    assert sizes.usable(row)
+    assert not sizes.usable(row.double())
+    assert not sizes.usable(row.bfloat16())
+    assert not dataclasses.replace(sizes, width=8).usable(row)
+    assert not dataclasses.replace(sizes, state=5).usable(row)
+    torch.set_num_threads(2)
+    assert not sizes.usable(row)
