@@ -2,7 +2,7 @@
 
     python -m tools.bench.rewards [--json] [--submissions 2048] [--rounds 5]
 
-Ratios are of medians of rounds that alternate in one run, so that a busy machine slows both sides. `sandbox_vs_...`:
+Ratios are medians over rounds in which both sides take turns, so that a busy machine slows both. `sandbox_vs_...`:
 executions per second at 20 tests per submission, against a bare `python -I -S` process and against a fresh bubblewrap
 (the flags of our own) with such a process, per test. `batch_seconds`: the time for all submissions of 20 tests, right,
 wrong, crashing and looping ones; a shuffled part of them is scored again by another instance and must get the same
@@ -172,19 +172,22 @@ def math_rates(rounds: int) -> dict[str, list[float]]:
 
 def measure(rounds: int, submissions: int) -> dict[str, float]:
     """All numbers; those with `_per_second` are of this machine at this moment, the others are ratios."""
-    code = {name: statistics.median(values) for name, values in execution_rates(rounds).items()}
-    mathematics = {name: statistics.median(values) for name, values in math_rates(2 * rounds).items()}
+    code, mathematics = execution_rates(rounds), math_rates(2 * rounds)
     seconds, again = batch(submissions)
     return {
-        "sandbox_vs_subprocess": code["sandbox"] / code["subprocess"],
-        "sandbox_vs_fresh_bubblewrap": code["sandbox"] / code["fresh_bubblewrap"],
+        "sandbox_vs_subprocess": _ratio(code["sandbox"], code["subprocess"]),
+        "sandbox_vs_fresh_bubblewrap": _ratio(code["sandbox"], code["fresh_bubblewrap"]),
         "batch_seconds": seconds,
         "batch_submissions": submissions,
         "batch_scored_again": again,
-        "math_with_pathological": mathematics["with_pathological"] / mathematics["plain"],
-        "executions_per_second": code["sandbox"],
-        "math_checks_per_second": mathematics["plain"],
+        "math_with_pathological": _ratio(mathematics["with_pathological"], mathematics["plain"]),
+        "executions_per_second": statistics.median(code["sandbox"]),
+        "math_checks_per_second": statistics.median(mathematics["plain"]),
     }
+
+
+def _ratio(ours_R: Sequence[float], others_R: Sequence[float]) -> float:
+    return statistics.median(own / other for own, other in zip(ours_R, others_R, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
