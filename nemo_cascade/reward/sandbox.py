@@ -246,6 +246,9 @@ class Sandbox:
         except ValueError:
             session.close()
             raise
+        except (EOFError, BrokenPipeError, TimeoutError) as error:
+            session.close()
+            return Session(f"the sandbox did not take its files: {error}")
         return session
 
     def run(
