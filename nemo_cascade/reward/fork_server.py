@@ -10,6 +10,9 @@ against the submission.
 
 from __future__ import annotations
 
+import atexit
+import fcntl
+import gc
 import os
 import resource
 import select
@@ -20,7 +23,7 @@ import time
 from nemo_cascade.reward.wire import decode, encode, to_json
 
 WORK = "/tmp/work"
-SCRATCH = ("/tmp", "/dev/shm")  # where a program can write
+SCRATCH = {WORK: [], "/tmp": ["work"], "/dev/shm": []}  # where a program can write, and what stays there
 SYMLINK_MODE = 0o120000
 MAX_FRAME = 1 << 30
 STDERR_BYTES = 16384
@@ -59,20 +62,19 @@ def _become(uid: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+KINDS = (
+    *(resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC),
+    *(resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE),
+)
+HARD: dict[int, int] = {}  # the limits that this sandbox was started under: children can only go below
+
+
 def _set_limits(limits: list[bytes]) -> None:
     cpu, _, memory, processes, _, file_bytes = (float(limit) for limit in limits)
-    backstop = 2 - int(
-        -cpu // 1
-    )  # whole ticks, counted up to 5 % early: only for the children that _watch does not see
-    for kind, value in (
-        (resource.RLIMIT_CPU, backstop),
-        (resource.RLIMIT_AS, int(memory)),
-        (resource.RLIMIT_NPROC, int(processes) + 3),  # this server and, for a normal user, bubblewrap count too
-        (resource.RLIMIT_FSIZE, int(file_bytes)),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
+    backstop = 2 - int(-cpu // 1)  # whole ticks, counted up to 5 % early: for the children that _watch does not see
+    allowed = int(processes) + 3  # this server and, for a normal user, bubblewrap count too
+    for kind, value in zip(KINDS, (backstop, int(memory), allowed, int(file_bytes), 256, 0), strict=True):
+        hard = HARD[kind]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
 
@@ -86,6 +88,20 @@ def _call(module: dict[str, object], name: str, arguments: bytes) -> bytes:
     if method:
         function = getattr(function(), method)  # type: ignore[operator]
     return to_json(function(*marshal.loads(arguments))).encode()  # type: ignore[operator]
+
+
+_compiled: dict[bytes, object] = {}
+
+
+def _prepare(kind: bytes, payload: list[bytes]) -> None:
+    """Compile a source once for all its tests; what cannot be compiled a child compiles, to report why."""
+    if kind == b"argv" or payload[0] in _compiled:
+        return
+    _compiled.clear()
+    try:
+        _compiled[payload[0]] = compile(payload[0].decode("utf-8"), "solution.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return
 
 
 def _execute(kind: bytes, payload: list[bytes]) -> int:
@@ -105,7 +121,7 @@ def _execute(kind: bytes, payload: list[bytes]) -> int:
     name = "__main__" if kind == b"source" else "solution"
     module = type(sys)(name)
     sys.modules[name] = module
-    code = compile(payload[0].decode("utf-8"), "solution.py", "exec")
+    code = _compiled.get(payload[0]) or compile(payload[0].decode("utf-8"), "solution.py", "exec")
     exec(code, module.__dict__)  # noqa: S102 - running it is this program's purpose
     if kind == b"call":
         _write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2]))
@@ -116,8 +132,6 @@ def _finish() -> None:
     """What the interpreter does at a normal end, without the cost of tearing it down."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
-    import atexit
-
     atexit._run_exitfuncs()
     if not sys.stdout.closed:
         sys.stdout.flush()
@@ -127,10 +141,11 @@ def _child(kind: bytes, payload: list[bytes], fds: tuple[int, ...], limits: list
     """The forked process: never returns, whatever the untrusted code raises."""
     status = 1
     try:
-        for target, fd in enumerate(fds):  # sources lie above 10, so no dup2 overwrites a later source
+        for target, fd in enumerate(fds):  # sources lie above 10
             os.dup2(fd, target)
         os.closerange(len(fds), 256)
         _set_limits(limits)
+        gc.enable()
         done = _execute(kind, payload)
         _finish()
         status = done
@@ -144,26 +159,20 @@ def _child(kind: bytes, payload: list[bytes], fds: tuple[int, ...], limits: list
 
 
 def _exit_status(code: object) -> int:
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code
+    if code is None or isinstance(code, int):
+        return code or 0
     os.write(2, str(code).encode("utf-8", "backslashreplace") + b"\n")
     return 1
 
 
-def _high(fd: int) -> int:
-    """Move a descriptor above 10, so that 0-3 are free for the child's own."""
-    import fcntl
-
-    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
-    os.close(fd)
-    return moved
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    return _high(read), _high(write)
+def _reserve() -> tuple[int, int]:
+    """The request and answer descriptors, moved above 10; those below are filled, so that later ones lie above, too."""
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 11) for fd in (0, 1)]
+    nowhere = os.open("/dev/null", os.O_RDWR)
+    for fd in range(11):
+        if fd != nowhere:
+            os.dup2(nowhere, fd)
+    return moved[0], moved[1]
 
 
 class Companion:
@@ -175,7 +184,7 @@ class Companion:
     waiting: Companion | None = None
 
     def __init__(self, kind: bytes, limits: list[bytes], payload: list[bytes]) -> None:
-        calls, answers, nowhere = _pipe(), _pipe(), _high(os.open("/dev/null", os.O_WRONLY))
+        calls, answers, nowhere = os.pipe(), os.pipe(), os.open("/dev/null", os.O_WRONLY)
         self.ends = answers[0], calls[1]
         self.pid = os.fork()
         if self.pid == 0:
@@ -187,8 +196,9 @@ class Companion:
 def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) -> list[bytes]:
     """One limited process from start to end: [status, exit code, cpu seconds, stdout, stderr, result]."""
     companion, Companion.waiting = Companion.waiting, None
+    _prepare(kind, payload)
     given = companion.ends if companion else (_given(stdin),)
-    pipes = [_pipe(), _pipe(), _pipe()]
+    pipes = [os.pipe(), os.pipe(), os.pipe()]
     pid = os.fork()
     if pid == 0:
         _child(kind, payload, (given[0], pipes[0][1], pipes[1][1], pipes[2][1], *given[1:]), limits)
@@ -206,8 +216,7 @@ def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) ->
 
 
 def _given(stdin: bytes) -> int:
-    """Standard input as a file in memory."""
-    given = _high(os.memfd_create("stdin"))
+    given = os.memfd_create("stdin")
     _write_all(given, stdin)
     os.lseek(given, 0, os.SEEK_SET)
     return given
@@ -336,7 +345,7 @@ def _read_files(most: int) -> list[bytes]:
 
 
 def _clear(folder: str) -> None:
-    """Empty a folder, whatever modes a submission gave to what it made there; the work folder itself stays."""
+    """Empty a folder, whatever modes were given to what is in it; the work folder itself stays."""
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             os.chmod(entry.path, 0o700)
@@ -353,8 +362,9 @@ def _answer(fields: list[bytes]) -> list[bytes]:
         answer = run(fields[1], fields[2:8], fields[8], fields[9:])
         if operation == b"fresh":  # the next request finds nothing of this one
             os.chmod(WORK, 0o700)
-            for folder in SCRATCH:
-                _clear(folder)
+            for folder, kept in SCRATCH.items():
+                if os.listdir(folder) != kept:
+                    _clear(folder)
         return answer
     if operation == b"write":
         return _write_files(fields[1:])
@@ -368,11 +378,12 @@ def main() -> None:
     """Serve until the host closes the pipe."""
     del sys.path[0]  # this folder, which programs do not need
     _become(int(sys.argv[1]))
+    HARD.update((kind, resource.getrlimit(kind)[1]) for kind in KINDS)
     os.mkdir(WORK)
     os.chdir(WORK)
-    requests, answers = _high(os.dup(0)), _high(os.dup(1))
-    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-    os.dup2(0, 1)
+    gc.disable()  # no collection here touches the pages that children share
+    gc.freeze()
+    requests, answers = _reserve()
     _write_all(answers, encode([b"ready"]))
     try:
         while True:

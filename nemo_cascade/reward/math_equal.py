@@ -29,8 +29,14 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")  # not \d: other scripts have digits too
 _BOXED = re.compile(r"\\boxed\s{0,100}\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"))
-_BIG_FACTORIAL = re.compile(r"\d{3,}\s*\)*\}*\s*!|!\s*!")
-_BIG_EXPONENT = re.compile(r"\^\s*\{?\s*[+-]?\d{5,}")
+_RUNAWAYS = (
+    re.compile(r"\d{3,}[\s)}]*!|![\s)}]*!"),  # a large factorial, or one of a factorial
+    re.compile(r"\^\s*\{?\s*[+-]?\d{5,}"),
+    re.compile(r"(?:\\Gamma|\\d?binom|factorial\b)[^+=]{0,20}?(?:\^|\d{4,})"),  # they grow as factorials do
+    re.compile(r"\((?:[^()+-]*[+-]){3}[^()]*\)\s*\^\s*\{?\s*\d{2,}"),  # a long sum, to be multiplied out
+    re.compile(r"\\(?:lim|i{0,2}int|oint|sum|prod)(?![a-z])"),  # the question again, for the grader to work out
+)
+MAX_DEPTH = 12  # of brackets: each level may double the work
 
 
 def extract_boxed(text: str) -> str | None:
@@ -82,8 +88,10 @@ def normalized(answer: str) -> str:
 
 
 def is_runaway(answer: str) -> bool:
-    """True for answers that no comparison should touch: overlong, towers of powers, large factorials."""
-    if len(answer) > MAX_ANSWER_CHARS or _BIG_FACTORIAL.search(answer) or _BIG_EXPONENT.search(answer):
+    """True for answers that no comparison should touch: overlong, towers of powers, what grows as factorials do, powers
+    of long sums, deep nesting, limits, integrals and sums that nobody has worked out.
+    """
+    if len(answer) > MAX_ANSWER_CHARS or any(pattern.search(answer) for pattern in _RUNAWAYS):
         return True
     depth = nested = 0
     closes: list[int] = []
@@ -95,6 +103,8 @@ def is_runaway(answer: str) -> bool:
                 return True
         elif char in "{(":
             depth += 1
+            if depth > MAX_DEPTH:
+                return True
         elif char in "})":
             depth -= 1
         if closes and depth <= closes[-1] and char not in "^{( " and not answer[index + 1 : index + 2] == "^":

@@ -23,7 +23,14 @@ from nemo_cascade.reward.genrm import (
     parse_verdict,
     with_length_terms,
 )
-from nemo_cascade.reward.judge import GONE_AFTER, Judge, grade_equivalence, parse_equivalence
+from nemo_cascade.reward.judge import (
+    GONE_AFTER,
+    Judge,
+    _content,
+    answer_mark,
+    grade_equivalence,
+    parse_equivalence,
+)
 from nemo_cascade.types import Invalid, Scored, UserError
 from tests.unit.reward.judging import JudgeServer
 
@@ -157,6 +164,17 @@ def test_no_judge_at_all_is_invalid() -> None:
 )
 def test_equivalence_words(text: str, verdict: bool | None) -> None:
     assert parse_equivalence(text) is verdict
+
+
+def test_a_reply_cut_at_its_limit_is_no_verdict() -> None:
+    assert _content('{"choices": [{"message": {"content": "It says CORRECT"}, "finish_reason": "length"}]}') == ""
+    assert _content('{"choices": [{"message": {"content": "CORRECT"}, "finish_reason": "stop"}]}') == "CORRECT"
+
+
+def test_no_answer_holds_its_own_mark() -> None:
+    marks = {answer_mark("q", "a", text) for text in ("x", "y", answer_mark("q", "a", "x"))}
+    assert len(marks) == 3
+    assert answer_mark("q", "a", "x") in marks
 
 
 def test_equivalence_grades() -> None:
