@@ -62,10 +62,7 @@ def _become(uid: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-KINDS = (
-    *(resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC),
-    *(resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE),
-)
+KINDS = (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE)
 HARD: dict[int, int] = {}  # the limits that this sandbox was started under: children can only go below
 
 
@@ -73,7 +70,7 @@ def _set_limits(limits: list[bytes]) -> None:
     cpu, _, memory, processes, _, file_bytes = (float(limit) for limit in limits)
     backstop = 2 - int(-cpu // 1)  # whole ticks, counted up to 5 % early: for the children that _watch does not see
     allowed = int(processes) + 3  # this server and, for a normal user, bubblewrap count too
-    for kind, value in zip(KINDS, (backstop, int(memory), allowed, int(file_bytes), 256, 0), strict=True):
+    for kind, value in zip(KINDS, (backstop, int(memory), allowed, int(file_bytes)), strict=True):
         hard = HARD[kind]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
@@ -115,8 +112,6 @@ def _execute(kind: bytes, payload: list[bytes]) -> int:
             os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
             return 127
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
     sys.argv = ["solution.py"]
     name = "__main__" if kind == b"source" else "solution"
     module = type(sys)(name)
@@ -378,12 +373,18 @@ def main() -> None:
     """Serve until the host closes the pipe."""
     del sys.path[0]  # this folder, which programs do not need
     _become(int(sys.argv[1]))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = 256 if files == resource.RLIM_INFINITY else min(256, files)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     HARD.update((kind, resource.getrlimit(kind)[1]) for kind in KINDS)
     os.mkdir(WORK)
     os.chdir(WORK)
     gc.disable()  # no collection here touches the pages that children share
     gc.freeze()
-    requests, answers = _reserve()
+    requests, answers = _reserve()  # and the children's outputs, opened once for all of them
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
     _write_all(answers, encode([b"ready"]))
     try:
         while True:

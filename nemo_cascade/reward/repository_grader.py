@@ -1,7 +1,8 @@
 """Verdicts on changed repositories, as cheap as they can honestly be.
 
 Most answers of a group agree, many do not compile or change nothing: only a new set of files that could pass starts a
-sandbox, one per submission. The session holds the git checkout of the base commit with the changed files over it.
+sandbox, and what passes a second one for its control run. A session holds the git checkout of the base commit with the
+changed files over it.
 """
 
 from __future__ import annotations

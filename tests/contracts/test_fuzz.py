@@ -91,7 +91,7 @@ def _calls(text: str) -> None:
 
 
 def _source(text: str) -> None:
-    code._broken(code.extract_code(text))
+    code._broken(code.extract_code(text), "python")
 
 
 def _constraints(text: str) -> None:

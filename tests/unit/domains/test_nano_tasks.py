@@ -112,7 +112,7 @@ class Verdicts(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        candidate = body["messages"][0]["content"].rpartition("Candidate answer:")[2]
+        candidate = body["messages"][0]["content"].rpartition("Candidate answer")[2]
         verdict = "CORRECT" if "darwin" in candidate else "INCORRECT"
         answer = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
         self.send_response(200)

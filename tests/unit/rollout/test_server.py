@@ -125,11 +125,17 @@ def test_concurrent_greedy_answers_equal_lonely_ones(url: str) -> None:
     assert [found[index] for index in range(12)] == alone
 
 
-def test_our_judge_client_gets_an_answer(url: str) -> None:
+def test_our_judge_client_gets_an_answer_that_ends_and_nothing_of_one_cut_off(url: str) -> None:
+    sampler, asked = LocalSampler(CONFIG), [f"hello {index}" for index in range(400)]
+    sampler.load_weights(iter(WEIGHTS.items()), 0)
+    requests = [Request(tuple(CHAT.messages_ids([Message("user", text)], (), False)), 0, 24) for text in asked]
+    answers = dict(sampler.sample(requests, SamplingParams(24, temperature=0.0, stop_ids=CHAT.stop_ids)))
+    ended = {text: answers[index].token_ids for index, text in enumerate(asked)}
+    text = next(text for text, ids in ended.items() if ids[-1] in CHAT.stop_ids and len(ids) > 2)
     with Judge(url + "/v1", "tiny", timeout_s=30.0) as judge:
-        answer = judge.ask([{"role": "user", "content": "hello"}], max_tokens=7)
-    ids = expected([Message("user", "hello")], False, 0, 7, 0.0)
-    assert answer == CHAT.parse_assistant(ids, False).content.strip()
+        whole = judge.ask([{"role": "user", "content": text}], 24)
+        assert whole == CHAT.parse_assistant(ended[text], False).content.strip()
+        assert judge.ask([{"role": "user", "content": text}], len(ended[text]) - 1) == ""
 
 
 @pytest.mark.parametrize(
