@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,8 @@ def convert(
                 raise UserError(f"{source}: no such file")
             model = CascadeModel.restore_from(str(source))
             carried = _tokenizer(tokenizer, None, model.hf_config)
+            if carried is None:
+                sys.stderr.write(f"{target}: gets no tokenizer, a .nemo file has none; --tokenizer FOLDER names one\n")
             return save_folder(model.model, model.hf_config, target, dtype, carried, shard_bytes, line)
         read_config(source)
         _save_nemo(CascadeModel.from_hf(source), target)

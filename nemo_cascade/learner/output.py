@@ -46,7 +46,9 @@ def output_logprobs(
             return logprobs_and_entropy(logits_NV.to(_precise(logits_NV.dtype)), targets_N, distribution)
         group = None
     vocabulary = _Vocabulary(weight_VH.detach(), distribution, group)
-    rows = max(1, chunk_logits // weight_VH.shape[0])
+    # where tokens are cut, each rank sees the scores of all of them
+    columns = weight_VH.shape[0] * (group.size() if group is not None and distribution.cuts else 1)
+    rows = max(1, chunk_logits // columns)
     return _ChunkedLogprobs.apply(hidden_NH, weight_VH, targets_N, vocabulary, rows)
 
 
@@ -129,6 +131,7 @@ class _Vocabulary:
         least_N1, id_N1 = last
         ids_V = torch.arange(self.first, self.first + scores_NV.shape[-1], device=scores_NV.device)
         kept_NV = (scores_NV > least_N1) | ((scores_NV == least_N1) & (ids_V <= id_N1)) | (ids_V == targets_N[:, None])
+        kept_NV |= scores_NV.isnan()  # it must be seen, and compares with nothing
         return scores_NV.masked_fill_(~kept_NV, -torch.inf)
 
     def own(self, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

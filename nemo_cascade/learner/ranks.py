@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -69,12 +70,12 @@ def added(local: Mapping[str, float]) -> dict[str, float]:
 
 
 def combined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of micro-batches or ranks: the maximum where the name ends in `_max`, else the sum."""
+    """Metrics of micro-batches or ranks: the maximum where the name ends in `_max`, else the sum; a NaN stays one."""
     totals: dict[str, float] = {}
     for part in parts:
         for key, value in part.items():
-            if key.endswith("_max"):
-                totals[key] = max(totals.get(key, value), value)
+            if key.partition("/")[0].endswith("_max"):
+                totals[key] = max(totals.get(key, value), value, key=lambda number: (math.isnan(number), number))
             else:
                 totals[key] = totals.get(key, 0.0) + value
     return totals

@@ -22,6 +22,7 @@ from nemo_cascade.models import convert, cpu, nemotron_h, parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.models.moe import freeze_routers, update_expert_bias
+from nemo_cascade.models.nemo_file import check_nemo_file
 from nemo_cascade.models.nemo_optim import decay_groups
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.precision import BF16_LAYERS
@@ -181,7 +182,10 @@ class CascadeModel(ModelPT):
         """The model of a `.nemo` file. An override config with `architecture` replaces the stored one, as in NeMo.
 
         One without it names only what changes (another layout, precision, optim, data) and lies over the stored one.
+        A damaged file is a UserError before anything is loaded.
         """
+        if Path(restore_path).is_file():
+            check_nemo_file(restore_path)
         override = _override(override_config_path)
         if override is not None and "architecture" not in override:
             stored = super().restore_from(restore_path, return_config=True)
@@ -192,6 +196,8 @@ class CascadeModel(ModelPT):
                 restore_path, override, map_location, strict, return_config, save_restore_connector, trainer,
                 validate_access_integrity,
             )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"{restore_path}: {error}") from error
         finally:  # NeMo forgets this after a refused file, and then no later model sets up its data
             cls._set_model_restore_state(is_being_restored=False)
 

@@ -220,6 +220,7 @@ class NemotronHConfig:
             "time_step_init_min": self.time_step_min,
             "intermediate_size": self.moe_intermediate_size,
             "norm_eps": self.layer_norm_epsilon,
+            "mamba_n_groups": self.n_groups,  # SGLang builds its mixers from this name
             **FIXED,
             **INERT,
         }

@@ -111,7 +111,8 @@ static inline void advance(int64_t N, int64_t P, float a, float dt, const float 
 }
 
 /* out [L][inner] from the projected row [z | x B C | dt]; y [L][inner] and the state entering each chunk
- * [chunks][heads][state][width] are kept for backward. `bounds` has sequences + 1 entries, `first` their first chunks. */
+ * [chunks][heads][state][width] are kept for backward (no state where `kept_states` is null). `bounds` has sequences + 1
+ * entries. */
 void mixer_forward(const Shape *m, const Weights *w, const float *projected, int64_t stride, const int64_t *bounds,
                    int64_t sequences, float *out, float *kept_y, float *kept_states, float *scratch) {
     int64_t inner = inner_of(m), channels = channels_of(m), N = m->state, P = m->width, per = m->heads / m->groups;
@@ -126,7 +127,7 @@ void mixer_forward(const Shape *m, const Weights *w, const float *projected, int
         for (int64_t h = 0; h < m->heads; h++) {
             memset(state, 0, sizeof(float) * square);
             for (int64_t t = 0; t < L; t++) {
-                if (t % CHUNK == 0)
+                if (kept_states && t % CHUNK == 0)
                     memcpy(kept_states + ((chunk + t / CHUNK) * m->heads + h) * square, state, sizeof(float) * square);
                 const float *x = s + t * channels + h * P, *B = s + t * channels + inner + h / per * N;
                 float *to = y + t * inner + h * P;

@@ -71,7 +71,8 @@ def mix(
 
     `weights`: convolution [channels, taps] and its bias, dt_bias, A_log, D, norm weight. `bounds`: cu_seqlens.
     """
-    mixed: torch.Tensor = _Mix.apply(row_TC, *weights, tuple(bounds), sizes)
+    kept = torch.is_grad_enabled()
+    mixed: torch.Tensor = _Mix.apply(row_TC, *weights, tuple(bounds), sizes, kept)
     return mixed
 
 
@@ -80,7 +81,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, row_TC: torch.Tensor, *rest: Any) -> torch.Tensor:
-        *weights, bounds, sizes = rest
+        *weights, bounds, sizes, kept = rest
         loaded = library()
         assert loaded is not None
         if row_TC.stride(1) != 1:
@@ -88,16 +89,18 @@ class _Mix(torch.autograd.Function):
         operands = [weights[0].t().contiguous(), *(weight.contiguous() for weight in weights[1:])]
         inner = sizes.heads * sizes.width
         chunks = sum(-(-(end - begin) // CHUNK) for begin, end in itertools.pairwise(bounds))
-        out, y = row_TC.new_empty(2, row_TC.shape[0], inner)
-        states = row_TC.new_empty(chunks, sizes.heads, sizes.state, sizes.width)
+        out, y = (row_TC.new_empty(row_TC.shape[0], inner) for _ in range(2))
+        states = row_TC.new_empty(chunks, sizes.heads, sizes.state, sizes.width) if kept else None
         shape = sizes.struct()
         scratch = _scratch(loaded, shape, bounds)
         loaded.mixer_forward(
             ctypes.byref(shape), _pointers(operands), _pointer(row_TC), _number(row_TC.stride(0)), _bounds(bounds),
-            _number(len(bounds) - 1), _pointer(out), _pointer(y), _pointer(states), _pointer(scratch),
+            _number(len(bounds) - 1), _pointer(out), _pointer(y), None if states is None else _pointer(states),
+            _pointer(scratch),
         )  # fmt: skip
-        ctx.save_for_backward(row_TC, y, states, *operands)
-        ctx.bounds, ctx.sizes = bounds, sizes
+        if kept:
+            ctx.save_for_backward(row_TC, y, states, *operands)
+            ctx.bounds, ctx.sizes = bounds, sizes
         return out
 
     @staticmethod
@@ -113,7 +116,7 @@ class _Mix(torch.autograd.Function):
             _number(len(bounds) - 1), _pointer(y), _pointer(states), _pointer(grad_TI),
             _pointer(grad_row), _pointers(grads), _pointer(scratch),
         )  # fmt: skip
-        return grad_row, grads[0].t(), *grads[1:], None, None
+        return grad_row, grads[0].t(), *grads[1:], None, None, None
 
 
 def _number(value: int) -> ctypes.c_int64:
@@ -135,4 +138,4 @@ def _bounds(bounds: Sequence[int]) -> Any:
 def _scratch(loaded: ctypes.CDLL, shape: _Shape, bounds: Sequence[int]) -> torch.Tensor:
     """What C works in; the caller holds it until C has returned."""
     longest = max(end - begin for begin, end in itertools.pairwise(bounds))
-    return torch.empty(loaded.mixer_scratch(ctypes.byref(shape), _number(longest)))
+    return torch.empty(loaded.mixer_scratch(ctypes.byref(shape), _number(longest)), dtype=torch.float32)

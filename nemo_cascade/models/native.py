@@ -36,7 +36,8 @@ def compiled(source: Path, what: str) -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(_built(source, compiler)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        LOG.warning("%s in plain PyTorch: %s could not be built: %s", what, source.name, error)
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()[-500:]
+        LOG.warning("%s in plain PyTorch: %s could not be built: %s", what, source.name, said or error)
         return None
     LOG.info("%s in compiled C", what)
     return loaded

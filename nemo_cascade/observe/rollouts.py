@@ -126,7 +126,7 @@ def _read_experts(path: Path) -> dict[str, bytes]:
             f"{path}: no such file, so these rollouts do not say by which experts they were sampled; set "
             "routing_replay to learner, or record them again with routing_replay: sampler"
         ) from error
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: the recorded experts cannot be read: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """FP8 on a GPU: the emulation against Transformer Engine, and FP8 training against bf16 at the 1B size.
 
-NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 python -m pytest tests/gpu/test_fp8.py -m gpu -s
+python -m pytest tests/gpu/test_fp8.py -m gpu -s
 
 Written against Transformer Engine 2.11. Block scaling with fp32 scales needs Hopper and CUDA 12.9, MXFP8 needs
 Blackwell. The 1B model trains on Hopper only: its in_proj is 8,240 wide, no multiple of MXFP8's 32.

@@ -1,7 +1,8 @@
 """One rank of the test that a training checkpoint fits every layout.
 
 Run as a script with RANK and WORLD_SIZE set: checkpoint_worker.py FOLDER STEP..., each STEP `LAYOUT:load:NAME` (go on
-from the checkpoint FOLDER/NAME) or `LAYOUT:save:NAME` (train two steps from FOLDER/start, then write FOLDER/NAME).
+from the checkpoint FOLDER/NAME) or `LAYOUT:save:NAME` (train two steps from FOLDER/start, then write FOLDER/NAME;
+`save-async` trains a step further while it is written).
 Either way FOLDER/NAME-LAYOUT.pt gets what the policy then is and does: see `facts`.
 """
 
@@ -89,13 +90,17 @@ def facts(learner: MegatronLearner) -> dict[str, object]:
 
 def run(folder: Path, layout: str, action: str, name: str) -> None:
     """One STEP, inside started ranks."""
-    learner = build(layout, folder)
+    learner = build(layout, folder, asynchronous=action == "save-async")
     if action == "load":
         assert learner.load(str(folder / name)) == 2
     else:
         for step in (0, 1):
             update(learner, step)
         learner.save(str(folder / name), 2)
+    if action == "save-async":
+        update(learner, 2)
+        learner.finish_saving()
+        assert learner.load(str(folder / name)) == 2
     found = facts(learner)
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{name}-{layout}.pt")

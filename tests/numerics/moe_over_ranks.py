@@ -70,6 +70,7 @@ def main(folder: Path) -> None:
             policy = CascadeModel.restore_from(str(folder / "policy.nemo"), override_config_path=override)
             with torch.no_grad():
                 close(policy(expected["tokens"], expected["bounds"]), expected["logits"], f"{name}: .nemo")
+            policy.save_to(str(folder / f"{name}.nemo"))
         parallel.stop()
 
 

@@ -69,6 +69,7 @@ def main(folder: Path) -> None:
     half = {"ranks_per_node": 2, "precision": "hopper_fp8_emulated"}
     train(folder, "tensor", HardwareConfig(**half, tensor_parallel=2))
     train(folder, "expert", HardwareConfig(**half, expert_parallel=2))
+    train(folder, "context", HardwareConfig(**half, context_parallel=2))
 
 
 if __name__ == "__main__":

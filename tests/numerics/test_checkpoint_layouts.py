@@ -22,6 +22,7 @@ IN_FOUR = ("tensor-expert", "tensor-context")
 CUT = (*IN_TWO, *IN_FOUR)
 ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"), ("context", "stages"))
 ACROSS_FOUR = (("tensor", "tensor-expert"), ("zero", "tensor-context"))
+ASYNC = ("tensor", "zero")
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -51,8 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks, layouts, across in ((2, IN_TWO, ACROSS), (4, IN_FOUR, ACROSS_FOUR)):
         loads = [f"{layout}:load:one" for layout in layouts] + [f"{layout}:load:{name}" for name, layout in across]
         in_ranks(ranks, base, *(f"{layout}:save:{layout}" for layout in layouts), *loads)
-    for layout in CUT:
-        checkpoint_worker.run(base, "one", "load", layout)
+    in_ranks(2, base, *(f"{layout}:save-async:async-{layout}" for layout in ASYNC))
+    for name in (*CUT, *(f"async-{layout}" for layout in ASYNC)):
+        checkpoint_worker.run(base, "one", "load", name)
     return base
 
 
@@ -78,6 +80,14 @@ def test_saved_on_one_rank_loaded_on_several(folder, layout):
 @pytest.mark.parametrize("layout", CUT)
 def test_saved_on_several_ranks_loaded_on_one(folder, layout):
     compare(folder, layout, layout, "one")
+
+
+@pytest.mark.parametrize("layout", ASYNC)
+def test_saved_while_training_goes_on(folder, layout):
+    compare(folder, f"async-{layout}", layout, "one")
+    compare(folder, layout, layout, "one")
+    both = [torch.load(folder / f"{name}-one.pt", weights_only=True) for name in (layout, f"async-{layout}")]
+    assert all(torch.equal(value, both[1]["exp_avg"][name]) for name, value in both[0]["exp_avg"].items())
 
 
 @pytest.mark.parametrize(("name", "layout"), ACROSS + ACROSS_FOUR)

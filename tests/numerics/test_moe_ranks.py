@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
@@ -58,3 +59,10 @@ def test_two_ranks_are_one(model: NemotronH, config: NemotronHConfig, layout: Pa
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    start = policy.state_dict()
+    for file in sorted(tmp_path.glob("tp2_*.nemo")):  # written by two ranks
+        override = OmegaConf.create({"layout": {"tensor": 1, "expert": 1}})
+        back = CascadeModel.restore_from(str(file), override_config_path=override).state_dict()
+        assert back.keys() == start.keys()
+        assert all(torch.equal(value, start[name]) for name, value in back.items()), file
+    assert len(list(tmp_path.glob("tp2_*.nemo"))) == 3

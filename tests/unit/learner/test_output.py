@@ -82,6 +82,16 @@ def test_bf16_sums_chunks_in_fp32():
     assert weight.grad.tolist() == [[2048.0, 2048.0], [-2048.0, -2048.0]]
 
 
+@pytest.mark.parametrize("distribution", [RAW, Distribution(top_p=0.9), Distribution(top_k=5)])
+@pytest.mark.parametrize("chunk_logits", [2**26, 40])
+def test_a_logit_that_is_no_number_is_seen_in_every_way(distribution: Distribution, chunk_logits: int):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    weight[7] = torch.nan
+    logprobs, entropy = output_logprobs(hidden, weight, torch.arange(1, 5), distribution, None, chunk_logits)
+    assert logprobs.isnan().all() and entropy.isnan().all()
+
+
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
 def test_a_frozen_side_gets_no_gradient(trained: str):
     hidden, weight, targets, _ = output_over_ranks.problem(N, V, H, torch.float32)

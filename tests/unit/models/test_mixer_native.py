@@ -118,3 +118,14 @@ def test_what_it_does_not_take_goes_to_pytorch() -> None:
     assert not dataclasses.replace(sizes, state=5).usable(row)
     torch.set_num_threads(2)
     assert not sizes.usable(row)
+
+
+def test_without_gradient_no_state_is_kept_and_the_values_are_the_same(layout: ParallelLayout) -> None:
+    mixer = mixer_of(CONFIG, layout)
+    hidden, _, bounds = problem(CONFIG)
+    row = packed_row(bounds, CONFIG.chunk_size)
+    wanted, _ = mixer(hidden.unsqueeze(1), packed_seq_params=row)
+    with torch.no_grad():
+        found, _ = mixer(hidden.unsqueeze(1), packed_seq_params=row)
+    assert wanted.requires_grad and not found.requires_grad
+    assert torch.equal(found, wanted)

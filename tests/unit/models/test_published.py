@@ -177,7 +177,7 @@ PUBLISHED: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "dtype": "bfloat16",
 }
-ON_PURPOSE = {"time_step_min": 1e-20, "time_step_init_min": 0.001}
+ON_PURPOSE = {"time_step_min": 1e-20, "time_step_init_min": 0.001, "mamba_n_groups": 8}
 
 
 def test_the_exported_config_is_the_published_one_field_by_field(tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def test_recorded_experts_read_back_equal(tmp_path) -> None:
             assert one.token_ids == other.token_ids
             assert one.routed_experts == other.routed_experts != b""
     assert {rollout.routed_experts for rollout in rollouts_of(read_groups(tmp_path, 3))} == {b""}
-    experts_file(tmp_path, 3, 1).write_bytes(b"PK but no archive")
-    with pytest.raises(UserError, match=r"step_000003.1.npz: the recorded experts cannot be read"):
-        read_groups(tmp_path, 3, experts=True)
+    for damaged in (b"PK but no archive", b""):
+        experts_file(tmp_path, 3, 1).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"step_000003.1.npz: the recorded experts cannot be read"):
+            read_groups(tmp_path, 3, experts=True)
     experts_file(tmp_path, 3, 1).unlink()
     with pytest.raises(UserError, match=r"step_000003.1.npz: no such file, so these rollouts do not say"):
         read_groups(tmp_path, 3, experts=True)
