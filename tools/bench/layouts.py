@@ -37,8 +37,8 @@ TOLERANCE = 1e-5
 STEPS = 5
 COLUMNS = ("loss_difference", "grad_norm_difference", "weight_difference")
 PACKED, UNPACKED = 4096, 1  # tokens of a micro-batch: everything in one row, or each sequence in a row of its own
-# Four Mamba groups and two KV groups, so that TP4 cuts the first and replicates the second. Heads of 16, so that the mixer is
-# the one in C but with context parallelism.
+# Four Mamba groups and two KV groups, so that TP4 cuts the first and replicates the second. Heads of 16, so
+# that the mixer is the one in C, except with context parallelism.
 MODEL = NemotronHConfig(
     vocab_size=64, hidden_size=32, hybrid_override_pattern="ME*MEM", num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=8, n_groups=4, n_routed_experts=4,
