@@ -150,11 +150,18 @@ def content_of(task: Task) -> str:
 
 
 def unanswered(transcript: Transcript) -> Scored | None:
-    """Reward 0 with its reason for a truncated or empty answer; None when there is an answer to grade."""
+    """Reward 0 with its reason for a truncated or empty answer, or one that thinks; None when there is one to grade.
+
+    The thinking before an answer is not in its content. Marks of thinking in there are a second thought, perhaps an
+    unfinished one, and nothing in a thought is graded.
+    """
+    content = transcript.final.content
     if transcript.truncated:
         return Scored(0.0, reason="truncated")
-    if not transcript.final.content.strip():
+    if not content.strip():
         return Scored(0.0, reason="empty answer")
+    if "<think>" in content or "</think>" in content:
+        return Scored(0.0, reason="thinking in the answer")
     return None
 
 

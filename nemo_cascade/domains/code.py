@@ -15,7 +15,7 @@ import json
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -114,6 +114,8 @@ class Code(SingleTurn):
         name, language = tests.get("fn_name"), self._language(row, row_id)
         if name and language != "python":
             raise UserError(f"{row_id}: field 'fn_name' needs language python, the row's is {language!r}")
+        if name:
+            _require_json(inputs, outputs, row_id)
         truth = {"inputs": inputs, "outputs": outputs, "language": language, **({"fn_name": name} if name else {})}
         return Task(str(row.get("hash_id", row_id)), self.name, rows.input_messages(row, row_id), (), True, truth)
 
@@ -258,6 +260,18 @@ def _arguments(value: Json) -> list[Json]:
 def _value(value: Json) -> Json:
     """An expected value: text holds JSON, as in LiveCodeBench."""
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _require_json(inputs: Sequence[Json], outputs: Sequence[Json], row_id: str) -> None:
+    """UserError for a call whose arguments or expected value are text but not JSON: better now than in a rollout."""
+    for key, values, read in (("inputs", inputs, _arguments), ("outputs", outputs, _value)):
+        for index, value in enumerate(values):
+            try:
+                read(value)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{row_id} unit_tests: {key}[{index}] is not JSON, as a row with fn_name needs: {error}"
+                ) from error
 
 
 def apply_rule(rule: str, x: int) -> int:

@@ -90,6 +90,8 @@ class SweAgentless(SingleTurn):
         metadata = row.get("metadata")
         if isinstance(metadata, Mapping):
             shown = rows.loose_json(metadata.get("relevant_file_contents") or {}, "relevant_file_contents", row_id)
+            if not isinstance(shown, Mapping) or not all(isinstance(text, str) for text in shown.values()):
+                raise UserError(f"{row_id} metadata: field 'relevant_file_contents' must map paths to texts")
             truth |= {"shown_files": shown, "image": metadata.get("image")}
         return Task(str(truth["instance_id"]), self.name, rows.input_messages(row, row_id), (), True, truth)
 

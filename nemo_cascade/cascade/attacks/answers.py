@@ -17,6 +17,11 @@ REPLACED = {
     "markers without end": "<think><tool_call><function=<<<<<<< SEARCH\n```\\boxed{<solution>{[(\"'",
     "markers in the wrong order": "</think></tool_call>>>>>>>> REPLACE\n=======\n<<<<<<< SEARCH\n```}]\\boxed",
 }
+SECOND_THOUGHTS = {
+    "the answer in a second thought": "<think>{content}</think>",
+    "the answer in a second thought without end": "<think>so {content}",
+    "the answer before the end of a second thought": "{content}</think>",
+}
 PADDING = {
     "letters": "a",
     "spaces": " ",

@@ -80,6 +80,8 @@ def _forms(target: Target, domain: Domain, cases: list[Case]) -> Iterator[Attack
         return
     yield target.attack("form: the answer inside the thinking", gold, Transcript((silent,)))
     yield target.attack("form: an unfinished thought with the answer", gold, Transcript((silent,), truncated=True))
+    for name, form in answers.SECOND_THOUGHTS.items():
+        yield target.attack(f"form: {name}", gold, _said(gold, form.format(content=content)))
     asked = Message("user", content)
     yield target.attack("form: the answer in the user's mouth", gold, Transcript((asked, Message("assistant"))))
     yield target.attack("form: the answer in a tool's mouth", gold, Transcript((Message("tool", content),)))

@@ -151,6 +151,22 @@ def test_what_loads_scores(name: str) -> None:
             domain.score(task, Transcript((Message("assistant", answer),)))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("code", {"unit_tests": {"fn_name": "f", "inputs": ["x y"], "outputs": ["1"]}}, r"inputs\[0\] is not JSON"),
+        ("code", {"unit_tests": {"fn_name": "f", "inputs": ["1"], "outputs": ["hello"]}}, r"outputs\[0\] is not JSON"),
+        ("swe_agentless", {"metadata": {"relevant_file_contents": ["a"]}}, "must map paths to texts"),
+        ("swe_agentless", {"metadata": {"relevant_file_contents": {"a.py": 7}}}, "must map paths to texts"),
+    ],
+)
+def test_what_a_verdict_reads_is_read_with_the_row(name: str, fields: dict[str, Json], message: str) -> None:
+    row: dict[str, Json] = {"responses_create_params": PROMPT, **ROWS[name]}
+    row.pop("verifier_metadata", None)
+    with pytest.raises(UserError, match=f"rows.jsonl:7.*{message}"):
+        domains.load(name).parse_row({**row, **fields}, "rows.jsonl:7")
+
+
 def test_real_rows_broken_at_every_place() -> None:
     """The same with the released rows, in each place above the prompt's text."""
     folder = os.environ.get("NEMO_CASCADE_DATA")
