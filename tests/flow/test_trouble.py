@@ -46,13 +46,13 @@ def beside(trained: Cascade, folder: Path, head: str, stages: dict[str, str]) ->
 
 def test_a_row_with_a_broken_field(trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    broken = {**ROW, "responses_create_params": {"input": "1+1="}}
+    broken = {**ROW, "responses_create_params": {"input": 7}}
     rows.write_text(f"{json.dumps(ROW)}\n{json.dumps(broken)}\n")
     stages = {"sft": SFT, "rl": RL.replace("{math: 1}}", f"{{math: 1}}, files: {{math: [{rows}]}}}}")}
     cascade = beside(trained, tmp_path, TWO_STAGES, stages)
     said = refusal(cascade.run(), 1)
     assert said.startswith("stage rl failed (exit code 2): ")
-    assert f"{rows}:2 responses_create_params: field 'input' must be a list, this is str" in said
+    assert f"{rows}:2 responses_create_params: field 'input' must be a list, this is int" in said
     other = {**ROW, "responses_create_params": {"input": [{"role": "user", "content": "1+2="}]}}
     rows.write_text(f"{json.dumps(ROW)}\n{json.dumps(other)}\n")
     done = cascade.run()
