@@ -48,7 +48,7 @@ setup(
     package_dir={"nemo_cascade.conf": "conf"},
     package_data={
         "nemo_cascade": [
-            *("models/nano/**/*", "models/*.c", "data/*.jinja", "reward/office_tables/*.csv"),
+            *("models/nano/**/*", "models/*.c", "models/*.h", "data/*.jinja", "reward/office_tables/*.csv"),
             *("cascade/*.html", "cascade/*.css", "cascade/*.js"),
         ],
         "nemo_cascade.conf": ["**/*.yaml", "*.md"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from nemo_cascade.config.paths import NO_ROOM, sync_folder
 from nemo_cascade.learner.ranks import fail_together, gathered
 from nemo_cascade.types import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
@@ -51,15 +49,6 @@ def write_folder(
         if first:
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(problems[0])
-
-
-def sync_folder(folder: Path) -> None:
-    """Ask the file system to keep the folder's names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def attempt(action: Callable[[], None], folder: Path, what: str) -> str:

@@ -8,7 +8,6 @@ different starts have no such mean, and nothing here can tell.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from nemo_cascade.models.hf_copy import (
     STORED,
     Extras,
     identity_of,
-    only_writer,
     read_parts,
     refuse_quantised,
-    write_folder,
     write_parts,
+    write_resumable,
 )
 from nemo_cascade.models.hf_folder import Progress, Silent, TensorHeader, read_checked_header, read_config, verify
 from nemo_cascade.models.hf_writer import SHARD_BYTES, Planned, ShardWriter
@@ -53,15 +51,9 @@ def average_folders(
                 parts = _mean([table[name] for table in headers])
                 write_parts(writer, name, header.shape, STORED[header.dtype], parts)
 
-    aside = folder.with_name(f".{folder.name}.partial")
     tokenizer = Path(tokenizer_from) if tokenizer_from else paths[0]
     extras = Extras(read_config(paths[0]), tokenizer, shard_bytes, "\n".join(identity_of(path) for path in paths))
-    with only_writer(aside, folder):
-        try:
-            return write_folder(folder, aside, plan, fill, extras, progress)
-        except (OSError, UserError):
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+    return write_resumable(folder, plan, fill, extras, progress)
 
 
 def _checked(first: Path, path: Path) -> dict[str, TensorHeader]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_cascade.config.paths import sync_folder
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import export_dtype, kind_of
 from nemo_cascade.models.hf_extras import write_extras
@@ -115,8 +116,15 @@ def copy_folder(
                 dtype = stored_dtype(name, STORED[header.dtype], dtype_policy)
                 write_parts(writer, name, header.shape, dtype, read_parts(header))
 
-    aside = folder.with_name(f".{folder.name}.partial")
     extras = Extras(config, Path(tokenizer_from) if tokenizer_from else source, shard_bytes, identity_of(source))
+    return write_resumable(folder, plan, fill, extras, progress)
+
+
+def write_resumable(
+    folder: Path, plan: list[Planned], fill: Callable[[ShardWriter], None], extras: Extras, progress: Progress
+) -> str:
+    """`write_folder` by this process alone: what a kill leaves is gone on with, what an error leaves is removed."""
+    aside = folder.with_name(f".{folder.name}.partial")
     with only_writer(aside, folder):
         try:
             return write_folder(folder, aside, plan, fill, extras, progress)
@@ -235,9 +243,5 @@ def _replace(aside: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)
-    handle = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

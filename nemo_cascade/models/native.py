@@ -44,11 +44,12 @@ def compiled(source: Path, what: str) -> ctypes.CDLL | None:
 
 
 def _built(source: Path, compiler: str) -> Path:
-    """The shared object for this source, compiler and processor; built aside and renamed."""
+    """The shared object for this source, its headers, compiler and processor; built aside and renamed."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     abilities = next((line for line in lines if line.startswith("flags")), "")
-    identity = "|".join([source.read_text(), compiler, platform.machine(), abilities, *FLAGS])
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    identity = "|".join([*texts, compiler, platform.machine(), abilities, *FLAGS])
     key = hashlib.sha256(identity.encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_cascade"
     target = cache / f"{source.stem}_{key[:16]}.so"
