@@ -158,7 +158,7 @@ def _math(target: Target, cases: list[Case]) -> Iterator[Attack]:
 
         for name, talk in judges.TALK.items():
             yield Attack(
-                f"{whom}: {name}", lambda talk=talk, said=said: said(f"41 {talk}"), lambda said=said: said(FORTY_TWO)
+                f"{whom}: {name}", lambda talk=talk, said=said: said(f"41\n{talk}"), lambda said=said: said(FORTY_TWO)
             )
 
 
