@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_cascade import domains
 from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
-from nemo_cascade.cascade.judges import check_judges
+from nemo_cascade.cascade.judges import check_judges, without_their_keys
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
@@ -295,10 +295,13 @@ def samples(stage: StageBase) -> bool:
 
 
 def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
-    """Programs that these stages need and this machine does not have, one line each with the remedy."""
-    if shutil.which("bwrap") is not None:
-        return
+    """Programs and API keys that these stages need and this machine does not have, one line each with the remedy."""
+    isolated = shutil.which("bwrap") is not None
     for stage in stages:
+        for key in without_their_keys(stage):
+            yield f"key '{key}': the environment variable that it names is not set; export it"
+        if isolated:
+            continue
         scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()
         if stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0:
             scored |= set(stage.evaluation.domains)
