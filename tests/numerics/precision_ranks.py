@@ -41,7 +41,7 @@ def check_weights(folder: Path) -> None:
     start = dict(stored(folder / "start"))
     layouts = (parallel.ParallelLayout(tensor=2), parallel.ParallelLayout(expert=2))
     for number, layout in enumerate(layouts):
-        parallel.start(layout, rendezvous=folder / f"weights-{number}", timeout_s=60.0)
+        parallel.start(layout, rendezvous=folder / f"weights-{number}")
         model = nemotron_h.build(DEEP, layout, "bf16")
         convert.load_folder(model, folder / "start")
         for name, tensor in convert.export_weights(model, DEEP):
@@ -53,7 +53,7 @@ def check_weights(folder: Path) -> None:
 def train(folder: Path, name: str, hardware: HardwareConfig) -> None:
     """Three steps; the losses go to FOLDER/NAME.pt."""
     rendezvous = folder / f"{name}.rendezvous"
-    parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous, timeout_s=60.0)
+    parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous)
     settings = LearnerSettings(OptimizerConfig(lr=1e-3), 20, hardware=hardware)
     learner = MegatronLearner(DEEP, settings, init_folder=str(folder / "start"))
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,8 @@ from nemo_cascade.models.hf_folder import read_header
 from nemo_cascade.refit.memory import MemoryRefit
 from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.types import UserError
+from tests import ranks
+from tests.numerics import precision_ranks
 from tests.numerics.precision_ranks import DEEP, rows
 
 pytestmark = pytest.mark.usefixtures("ranks")
@@ -175,15 +174,7 @@ def test_every_profile_learns_and_fp8_is_coarser_than_bf16() -> None:
 
 def test_ranks_exchange_bf16_weights_and_fp8_products(tmp_path: Path) -> None:
     build("bf16").export(str(tmp_path / "start"))
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-        worker = Path(__file__).with_name("precision_ranks.py")
-        command = [sys.executable, "-W", "ignore", str(worker), str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=570)
-        assert process.returncode == 0, errors[-2000:]
+    ranks.run(precision_ranks.__file__, str(tmp_path))
     losses = {name: torch.load(tmp_path / f"{name}.pt") for name in ("tensor", "expert", "context")}
     settings = LearnerSettings(OptimizerConfig(lr=1e-3), 20, hardware=HardwareConfig(precision="hopper_fp8_emulated"))
     one = MegatronLearner(DEEP, settings, init_folder=str(tmp_path / "start"))
