@@ -39,7 +39,7 @@ class QParams:
 class Float8BlockScaling:
     fp8_format: Format = Format.E4M3
     # read once, when Transformer Engine is imported
-    fp8_quant_fwd_inp: QParams = QParams(os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") == "0")
+    fp8_quant_fwd_inp: QParams = QParams(os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "") in ("", "0"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,11 @@ class Linear(torch.nn.Module):
         self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
         tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
         params_dtype=None, parallel_mode=None, device="cpu", ub_overlap_ag=False, ub_overlap_rs=False, ub_name=None,
-        delay_wgrad_compute=False, symmetric_ar_type=None,
+        delay_wgrad_compute=False, symmetric_ar_type=None, save_original_input=False,
     ):  # fmt: skip
         super().__init__()
         assert not bias and tp_size == 1
+        self.save_original_input = save_original_input  # megatron-core sets it where FP8 would keep both forms of x
         self.in_features, self.out_features, self.parallel_mode, self.use_bias = (
             in_features, out_features, parallel_mode, bias
         )  # fmt: skip
@@ -121,9 +122,11 @@ class GroupedLinear(torch.nn.Module):
         self, num_gemms, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False,
         tp_group=None, tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True,
         return_bias=False, params_dtype=None, parallel_mode=None, device="cpu", ub_name=None, delay_wgrad_compute=False,
+        save_original_input=False,
     ):  # fmt: skip
         super().__init__()
         assert not bias
+        self.save_original_input = save_original_input
         self.num_gemms, self.use_bias = num_gemms, bias
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
