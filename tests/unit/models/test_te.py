@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_cascade.models import convert, names
+from nemo_cascade.models import convert, names, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
@@ -65,6 +66,7 @@ say()
 """
 
 
+@pytest.mark.slow
 def test_scales_by_powers_of_two_are_refused() -> None:
     """Transformer Engine chooses them at import, where the variable is not set by then."""
     unset = {name: "" for name in SCALES}
@@ -106,3 +108,29 @@ def test_te_is_refused_in_one_line_where_it_is_not_installed(config: NemotronHCo
         "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; run in "
         "the GPU container or set layer_spec: local"
     )
+
+
+@pytest.mark.parametrize("precision", ["hopper_fp8", "blackwell_mxfp8"])
+def test_fp8_is_refused_in_one_line_where_transformer_engine_is_not_installed(
+    config: NemotronHConfig, layout: ParallelLayout, tmp_path: Path, precision: str
+) -> None:
+    """However the model is built: megatron-core would train in bf16 and say nothing."""
+    from nemo_cascade.models.cascade_model import CascadeModel, model_config
+
+    line = (
+        f"hardware.precision: {precision} needs the package transformer_engine (2.9 to 2.11), which is not installed; "
+        "run in the GPU container, or set precision: bf16 and layer_spec: local"
+    )
+    with pytest.raises(UserError) as caught:
+        nemotron_h.build(config, layout, precision, "te")
+    assert str(caught.value) == line
+    with pytest.raises(UserError) as caught:
+        CascadeModel(model_config(config, layout, precision, "te"))
+    assert str(caught.value) == line
+    file = tmp_path / "policy.nemo"
+    CascadeModel(model_config(config, layout)).save_to(str(file))
+    with pytest.raises(UserError) as caught:
+        CascadeModel.restore_from(
+            str(file), override_config_path={"precision": precision, "layer_spec": "te"}
+        )
+    assert str(caught.value) == f"{file}: {line}"
