@@ -18,19 +18,12 @@ from pathlib import Path
 import pytest
 
 from tests.flow.real_cascade import ROOT, STAGES, Cascade, environment
+from tests.waiting import there, wait_until
 
 pytestmark = pytest.mark.slow
 SEED = 20260319  # of the moments
 MARK = "NEMO_CASCADE_TEST_RUN"
-DEADLINE_S = 300
 TRIES = 5  # for a kill that came too late
-
-
-def wait_until(true: Callable[[], bool], what: str, pause: float = 0.002) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(pause)
 
 
 def descendants(root: int) -> dict[int, int]:
@@ -169,13 +162,7 @@ class Victim:
         return content["pid"] if content and content["runner_pid"] == runner != content["pid"] else 0
 
     def written(self, pattern: str) -> Callable[[], bool]:
-        def there() -> bool:
-            try:
-                return any(self.stage.glob(pattern))
-            except FileNotFoundError:  # the folder got its final name while we looked
-                return False
-
-        return there
+        return lambda: there(self.stage, pattern)
 
     def lines(self, count: int) -> Callable[[], bool]:
         path = self.stage / "metrics.jsonl"

@@ -60,9 +60,9 @@ def test_bad_regexes_are_the_rows_fault() -> None:
 
 
 def test_long_answers_cost_little() -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     assert extract_letter("x" * 10**6 + " final: d", OPTIONS, output_regex=r".*final:\s*([a-z])") == "D"
-    assert time.monotonic() - started < 2
+    assert time.thread_time() - started < 2  # of processor time, whatever else the machine does
 
 
 def test_options_as_rows_hold_them() -> None:
