@@ -114,17 +114,22 @@ class Victim:
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         below: dict[int, int] = {}
+        looked = 0.0
 
         def reached() -> bool:
-            if not (true() and self.holder(runner.pid)):
+            nonlocal looked
+            if not self.holder(runner.pid):
                 return False
-            below.update(descendants(runner.pid))
-            return len(below) >= least  # the stage and its two ranks
+            if len(below) < least and time.monotonic() > looked + 0.1:  # before the moment, which may be short
+                below.update(descendants(runner.pid))
+                looked = time.monotonic()
+            return len(below) >= least and true()  # the stage and its two ranks
 
         wait_until(lambda: runner.poll() is not None or reached(), what)
-        time.sleep(delay)
+        if delay:
+            time.sleep(delay)
+            below.update(descendants(runner.pid))
         holder = self.holder(runner.pid)
-        below.update(descendants(runner.pid))
         if runner.poll() is not None:
             assert runner.returncode == 0, f"the run failed before {what}"
         else:

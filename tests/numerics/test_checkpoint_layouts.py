@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for count, layouts, across in ((2, IN_TWO, ACROSS), (4, IN_FOUR, ACROSS_FOUR)):
         loads = [f"{layout}:load:one" for layout in layouts] + [f"{layout}:load:{name}" for name, layout in across]
         saves = [f"{layout}:save:{layout}" for layout in layouts]
-        ranks.run(checkpoint_worker.__file__, str(base), *saves, *loads, ranks=count)
+        ranks.run(checkpoint_worker.__file__, str(base), *saves, *loads, ranks=count, deadline_s=1200.0)
     in_background = [f"{layout}:save-async:async-{layout}" for layout in ASYNC]
     ranks.run(checkpoint_worker.__file__, str(base), *in_background)
     for name in (*CUT, *(f"async-{layout}" for layout in ASYNC)):

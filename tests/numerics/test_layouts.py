@@ -85,6 +85,5 @@ def test_training_over_stages_and_context_is_training_on_one_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_every_layout_trains_like_one_process() -> None:
     check(layouts.measure([]), tuple(layout.name for layout in layouts.LAYOUTS))

@@ -10,7 +10,6 @@ from tests.unit.tools.peak_memory import SLACK, least_above, rows_of
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_peak_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     words = ["--model", "nemotron_h_50m", "--shard-bytes", "60000000", "--folder", str(tmp_path), "--json"]
     rows = rows_of("tools.bench.convert_memory", *words)
