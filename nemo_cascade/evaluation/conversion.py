@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from omegaconf import OmegaConf
 
 from nemo_cascade.config.paths import NANO_TOKENIZER, explain_os_error
 from nemo_cascade.models import hf_average, hf_copy
@@ -54,7 +54,7 @@ def convert(
     Returns the content sha256 of the written folder, or of the read one where a `.nemo` file was written; both were
     read back and compared. Progress goes to stderr. Folder to folder streams and resumes after a kill, whereas a
     `.nemo` file passes through a model that holds it whole. `tokenizer` is the folder whose tokenizer and code files
-    the written folder carries; by default the source, or nano's where the vocabulary is nano's.
+    the target carries; by default the source's, or nano's where it has none and the vocabulary is nano's.
     """
     if target.exists():
         raise UserError(f"{target}: already there; give a new path")
@@ -70,12 +70,10 @@ def convert(
             if not source.is_file():
                 raise UserError(f"{source}: no such file")
             model = CascadeModel.restore_from(str(source))
-            carried = _tokenizer(tokenizer, None, model.hf_config)
-            if carried is None:
-                sys.stderr.write(f"{target}: gets no tokenizer, a .nemo file has none; --tokenizer FOLDER names one\n")
+            carried = _tokenizer(tokenizer, model.tokenizer_folder, model.hf_config)
             return save_folder(model.model, model.hf_config, target, dtype, carried, shard_bytes, line)
-        read_config(source)
-        _save_nemo(CascadeModel.from_hf(source), target)
+        override = {"tokenizer": str(_tokenizer(tokenizer, source, read_config(source)))}
+        _save_nemo(CascadeModel.from_hf(source, override=OmegaConf.create(override)), target)
         return content_sha256(source, check=True, progress=line)
 
 

@@ -6,6 +6,7 @@ Importing this module imports nemo.core (seconds), so import it only where a mod
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_cascade.config.paths import PACKAGED, hf_folder
 from nemo_cascade.config.strict import read_yaml
+from nemo_cascade.data.chat import ChatTokenizer
 from nemo_cascade.models import convert, cpu, nemotron_h, parallel
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.hf_folder import read_config
 from nemo_cascade.models.moe import freeze_routers, update_expert_bias
-from nemo_cascade.models.nemo_file import check_nemo_file
+from nemo_cascade.models.nemo_file import check_nemo_file, keep_files, key_of, named_files
 from nemo_cascade.models.nemo_optim import decay_groups
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.precision import BF16_LAYERS
@@ -92,6 +94,9 @@ class CascadeModel(ModelPT):
     `nemo_optim.optim_config` of a stage), `router_frozen` and `expert_bias_rate` are optional. The state dict, and so a
     `.nemo` file, holds whole tensors under published names: a file written at one layout restores at any other. Ranks
     are started with the layout if `parallel.start` has not run yet.
+
+    `tokenizer` is a Hugging Face folder, whose tokenizer, chat template and code files a `.nemo` file carries; inside
+    one it names these files.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -102,7 +107,10 @@ class CascadeModel(ModelPT):
         self.layout = ParallelLayout(**_plain(cfg.get("layout", OmegaConf.create({}))))
         if not parallel.is_started():
             parallel.start(self.layout, seed=int(cfg.get("seed", 1)))
+        if isinstance(cfg.get("tokenizer"), str):
+            cfg = OmegaConf.merge(cfg, {"tokenizer": None}, {"tokenizer": named_files(cfg.tokenizer)})
         super().__init__(cfg=cfg, trainer=trainer)
+        self.tokenizer_folder = self._keep_tokenizer()
         self.model = nemotron_h.build(
             self.hf_config,
             self.layout,
@@ -113,6 +121,23 @@ class CascadeModel(ModelPT):
         if cfg.get("router_frozen", False):
             freeze_routers(self.model)
 
+    def _keep_tokenizer(self) -> Path | None:
+        """Register the files of `cfg.tokenizer` as artifacts, which `save_to` carries; returns where they lie."""
+        files = _plain(self._cfg.get("tokenizer") or OmegaConf.create({}))  # a copy: registering changes the config
+        folder = keep_files(self, files, lambda key, source: self.register_artifact(f"tokenizer.{key}", source))
+        if folder is None:
+            return None
+        self.artifacts = {}  # from here on they are ours: what they were read from may be gone by the time of save_to
+        for file in folder.iterdir():
+            self.register_artifact(f"tokenizer.{key_of(file.name)}", str(file))
+        return folder
+
+    @functools.cached_property
+    def tokenizer(self) -> ChatTokenizer | None:
+        """The tokenizer that the model carries, with its chat template; None where it has none."""
+        folder = self.tokenizer_folder
+        return ChatTokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
+
     @classmethod
     def from_hf(
         cls,
@@ -122,8 +147,9 @@ class CascadeModel(ModelPT):
         override: DictConfig | None = None,
         trainer: Trainer | None = None,
     ) -> CascadeModel:
-        """The model of a Hugging Face folder with its weights; `override` lies over its config."""
+        """The model of a Hugging Face folder with its weights and tokenizer; `override` lies over its config."""
         cfg = model_config(read_config(folder), layout, precision)
+        cfg.tokenizer = named_files(folder)
         model = cls(cfg if override is None else OmegaConf.merge(cfg, override), trainer)
         convert.load_folder(model.model, folder)
         return model

@@ -40,18 +40,22 @@ class NemotronHForCausalLM(nemotron_h.NemotronHForCausalLM):
 them beside the tokenizer and every export carries them."""
 
 
+def carried(source: Path) -> list[Path]:
+    """The files of a folder that go where its weights go: tokenizer, chat template, generation config, code."""
+    parsers = sorted(source.glob("*reasoning_parser*.py"))
+    return [file for file in (*(source / name for name in CARRIED), *parsers) if file.is_file()]
+
+
 def write_extras(config: NemotronHConfig, folder: Path, dtype: str, source: Path | None) -> None:
-    """config.json, generation_config.json, and what `source` has of CARRIED and of `*reasoning_parser*.py`.
+    """config.json, generation_config.json, and what `source` has to carry.
 
     `dtype` is torch's name of the weights' dtype (float32, bfloat16).
     """
     if source is not None:
         if not source.is_dir():
             raise UserError(f"tokenizer {source}: no such folder")
-        parsers = sorted(file.name for file in source.glob("*reasoning_parser*.py"))
-        for name in (*CARRIED, *parsers):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for file in carried(source):
+            shutil.copyfile(file, folder / file.name)
     if any(not (folder / name).is_file() for name in CODE):
         for name, text in CODE.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ class KernelMixer(Mamba2Mixer):
         heads, groups = weights.D.shape[0], weights.groups
         inner, width = heads * self.head_dim, groups * self.state
         xBC, dt = block.split([inner + 2 * width, heads], dim=-1)
-        if causal_conv1d_fn is None:
+        if causal_conv1d_fn is None or xBC.shape[-1] % 8:  # channels last the kernel wants multiples of 8
             xBC = causal_conv_silu(xBC, weights.conv, weights.conv_bias)
         else:  # channels last: [S, C, L] with stride 1 over C
             channels_last = xBC.contiguous().transpose(1, 2)

@@ -74,7 +74,10 @@ def check_installed(precision: str, spec: str) -> None:
     if not profile.needs_te:
         return
     if importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(f"hardware.precision: {profile.name} needs the package transformer_engine; set it to bf16")
+        raise UserError(
+            f"hardware.precision: {profile.name} needs the package transformer_engine (2.9 to 2.11), which is not "
+            "installed; run in the GPU container, or set precision: bf16 and layer_spec: local"
+        )
     for name, value in (profile.environment or {}).items():
         if os.environ.get(name) != value:
             raise UserError(f"hardware.precision: {profile.name} needs {name}={value} in the environment; set it")

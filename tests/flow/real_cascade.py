@@ -67,7 +67,7 @@ class Cascade:
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run to its end with these environment variables added."""
         return subprocess.run(
-            self.command(*words), cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600
+            self.command(*words), cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=1200
         )
 
     def stage(self, name: str) -> StageFolder:

@@ -162,6 +162,14 @@ def test_fp8_without_transformer_engine(tmp_path):
     assert said == "hardware cpu1: key 'precision': hopper_fp8 needs layer_spec te (Transformer Engine)"
 
 
+def test_fp8_with_transformer_engine_is_checked_where_neither_it_nor_a_gpu_is(tmp_path):
+    """A login node has none; what the stage's own machine lacks, `run` refuses there (test_trouble.py)."""
+    path = Cascade(tmp_path, TWO_STAGES, {"sft": SFT, "rl": RL}).path
+    done = cli("check", str(path), "hardware.layer_spec=te", "hardware.precision=hopper_fp8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("hopper_fp8: mixer.in_proj stays bf16: width 648 is no multiple of 128")
+
+
 def test_a_folder_without_a_checkpoint(tmp_path):
     said = check(tmp_path, sft=SFT.replace("init: base", f"init: hf:{tmp_path}"))
     assert said == f"{tmp_path}/sft.yaml: key 'init': {tmp_path} is no Hugging Face folder (config.json is missing)"

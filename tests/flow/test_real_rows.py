@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from nemo_cascade.cascade.runner import Options, run
 from nemo_cascade.config.load import load_cascade
 from nemo_cascade.observe.record import read_metrics
 from nemo_cascade.observe.rollouts import read_groups
+from tests.released import released_data
 
 GYM = {
     "instruction_following": "instruction_following",
@@ -26,10 +26,7 @@ GYM = {
 
 @pytest.fixture(scope="module")
 def data() -> Path:
-    place = os.environ.get("NEMO_CASCADE_DATA")
-    if not place:
-        pytest.skip("NEMO_CASCADE_DATA is not set: no released rows")
-    return Path(place)
+    return released_data()
 
 
 def train(folder: Path, stage: str, *overrides: str) -> tuple[Path, str]:

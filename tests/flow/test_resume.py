@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from nemo_cascade.cascade.status import status
 from nemo_cascade.config.load import load_cascade
 from nemo_cascade.types import UserError
 from tests.flow.small_cascade import write_cascade
+from tests.waiting import there, wait_until
 
 STANDIN = "tests.flow.standin_stage"
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,9 +125,7 @@ def test_a_runner_killed_with_its_stage_running_is_taken_over(cascade, tmp_path)
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STANDIN_PACE": "2"}
     runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(cascade.folder.glob("sft-*/checkpoints/step_*")):
-        time.sleep(0.05)
+    wait_until(lambda: there(cascade.folder, "sft-*/checkpoints/step_*"), "the first checkpoint")
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
     orphan = json.loads(next(cascade.folder.glob("sft-*/lock.json")).read_text())["pid"]
@@ -151,16 +149,17 @@ def test_an_interrupt_ends_the_stage(cascade):
     runner = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    deadline = time.monotonic() + 60
     child = 0
-    while time.monotonic() < deadline and child in (0, runner.pid):
-        time.sleep(0.05)
-        locks = list(cascade.folder.glob("sft-*/lock.json"))
-        if locks and locks[0].read_text():
-            child = json.loads(locks[0].read_text())["pid"]
-    time.sleep(0.2)
+
+    def handed_over() -> bool:
+        nonlocal child
+        locks = [lock.read_text() for lock in cascade.folder.glob("sft-*/lock.json")]
+        child = json.loads(locks[0])["pid"] if locks and locks[0] else 0
+        return child not in (0, runner.pid)
+
+    wait_until(handed_over, "the stage's process")
     runner.send_signal(signal.SIGTERM)
-    _, said = runner.communicate(timeout=30)
+    _, said = runner.communicate(timeout=200)
     assert (runner.returncode, said) == (130, "interrupted; the same command goes on from the last checkpoint\n")
     assert not Path(f"/proc/{child}").exists()
     assert not list(cascade.folder.glob("sft-*/lock.json"))

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pytest
 from tests.flow.real_cascade import ROOT, Cascade, environment
 from tests.flow.test_bad_input import JUDGED, JUDGED_STAGE, ONE_STAGE, RL, SFT, TWO_STAGES, refusal
 from tests.unit.reward.judging import JudgeServer
+from tests.waiting import there, wait_until
 
 pytestmark = pytest.mark.slow
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "1+1="}]}, "expected_answer": "2"}
@@ -175,9 +175,7 @@ def test_a_disk_that_fills_up_while_metrics_are_written(tmp_path):
 
 def fill_after(folder: Path, pattern: str) -> None:
     """Wait for the file, then leave no byte free."""
-    deadline = time.monotonic() + 240
-    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: there(folder, pattern), pattern, 0.01)
     with (folder / "filler").open("wb") as file, contextlib.suppress(OSError):
         while True:
             os.write(file.fileno(), bytes(4096))

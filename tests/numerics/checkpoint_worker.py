@@ -111,7 +111,7 @@ def main(folder: Path, *steps: str) -> None:
         layout, action, name = step.split(":")
         hardware = HardwareConfig(ranks_per_node=int(os.environ["WORLD_SIZE"]), **LAYOUTS[layout])
         rendezvous = folder / f"{layout}-{action}-{name}.rendezvous"
-        parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous, timeout_s=300.0)
+        parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous)
         run(folder, layout, action, name)
         parallel.stop()
 

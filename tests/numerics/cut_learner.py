@@ -140,7 +140,7 @@ def main(folder: Path, *names: str) -> None:
     for name in names:
         layout = known[name]
         cut = parallel.ParallelLayout.from_hardware(layout.hardware)
-        parallel.start(cut, seed=3, rendezvous=folder / f"{name}.meeting", timeout_s=900.0)
+        parallel.start(cut, seed=3, rendezvous=folder / f"{name}.meeting")
         results = exercise(folder, layout)
         rank = torch.distributed.get_rank()
         (folder / f"{name}-{rank}.json").write_text(json.dumps(results))

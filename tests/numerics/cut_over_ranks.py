@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     config = hf_folder.read_config(folder / "hf")
     expected = torch.load(folder / "expected.pt")
     for number, layout in enumerate(LAYOUTS):
-        parallel.start(layout, seed=1, rendezvous=folder / f"meet-{number}", timeout_s=300)
+        parallel.start(layout, seed=1, rendezvous=folder / f"meet-{number}")
         rank = torch.distributed.get_rank()
         model = nemotron_h.build(config, layout)
         convert.load_folder(model, folder / "hf")

@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     hardware = HardwareConfig(ranks_per_node=world)
     layout = parallel.ParallelLayout.from_hardware(hardware)
-    parallel.start(layout, rendezvous=folder / "rendezvous", timeout_s=300.0)
+    parallel.start(layout, rendezvous=folder / "rendezvous")
     sequences = share(folder, rank, world)
     found = {name: gradients(folder, objective, sequences, 64) for name, objective in OBJECTIVES.items()}
     torch.save(found, folder / f"gradients-{rank}.pt")

@@ -100,7 +100,7 @@ def main(folder: str, *cases: str) -> None:
         cut = {} if layout == "data" else {layout: 2}
         hardware = HardwareConfig(ranks_per_node=int(os.environ["WORLD_SIZE"]), **cut)
         rendezvous = Path(folder) / f"{name}.rendezvous"
-        parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous, timeout_s=300.0)
+        parallel.start(parallel.ParallelLayout.from_hardware(hardware), rendezvous=rendezvous)
         train(Path(folder) / name, int(micro_batch_tokens), hardware)
         parallel.stop()
 

@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
     expected = torch.load(folder / "expected.pt")
     for name, fields in CASES.items():
         layout = ParallelLayout(**fields)
-        parallel.start(layout, rendezvous=folder / f"{name}.rendezvous", timeout_s=60.0)
+        parallel.start(layout, rendezvous=folder / f"{name}.rendezvous")
         check(name, folder, layout, expected)
         if name.startswith("tp2"):  # a file written by one rank, restored by two under another layout
             override = OmegaConf.create({"layout": fields})

@@ -3,9 +3,6 @@
 Layouts of two and four ranks run in processes of their own.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from nemo_cascade.learner.megatron import MegatronLearner
 
 import torch  # isort: skip
 
+from tests import ranks
 from tests.numerics import checkpoint_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ranks")]
@@ -23,24 +21,6 @@ CUT = (*IN_TWO, *IN_FOUR)
 ACROSS = (("tensor", "expert"), ("stages", "zero"), ("zero", "tensor"), ("context", "stages"))
 ACROSS_FOUR = (("tensor", "tensor-expert"), ("zero", "tensor-context"))
 ASYNC = ("tensor", "zero")
-WORKER = Path(__file__).with_name("checkpoint_worker.py")
-
-
-def in_ranks(ranks: int, folder: Path, *steps: str) -> None:
-    """Let so many processes run the steps of checkpoint_worker.py."""
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        environment = os.environ | place | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *steps]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=500)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert not any(codes), f"{codes}\n" + "\n".join(error[-2000:] for error in errors)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("checkpoints")
     MegatronLearner(checkpoint_worker.NANO, checkpoint_worker.SETTINGS, seed=3).export(str(base / "start"))
     checkpoint_worker.run(base, "one", "save", "one")
-    for ranks, layouts, across in ((2, IN_TWO, ACROSS), (4, IN_FOUR, ACROSS_FOUR)):
+    for count, layouts, across in ((2, IN_TWO, ACROSS), (4, IN_FOUR, ACROSS_FOUR)):
         loads = [f"{layout}:load:one" for layout in layouts] + [f"{layout}:load:{name}" for name, layout in across]
-        in_ranks(ranks, base, *(f"{layout}:save:{layout}" for layout in layouts), *loads)
-    in_ranks(2, base, *(f"{layout}:save-async:async-{layout}" for layout in ASYNC))
+        saves = [f"{layout}:save:{layout}" for layout in layouts]
+        ranks.run(checkpoint_worker.__file__, str(base), *saves, *loads, ranks=count, deadline_s=1200.0)
+    in_background = [f"{layout}:save-async:async-{layout}" for layout in ASYNC]
+    ranks.run(checkpoint_worker.__file__, str(base), *in_background)
     for name in (*CUT, *(f"async-{layout}" for layout in ASYNC)):
         checkpoint_worker.run(base, "one", "load", name)
     return base

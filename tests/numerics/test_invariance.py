@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 import torch  # isort: skip
 
 from nemo_cascade.config.schema import OptimizerConfig
+from tests import ranks
 from tests.numerics import invariance_worker
 from tests.numerics.invariance_worker import OBJECTIVES, gradients, share
 from tests.numerics.learner_worker import TINY
@@ -34,14 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         parallel.start()
     for name, seed in (("start", 3), ("teacher", 4)):
         MegatronLearner(TINY, LearnerSettings(OptimizerConfig(lr=1e-3), 1), seed=seed).export(str(base / name))
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-W", "ignore", invariance_worker.__file__, str(base)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    ranks.run(invariance_worker.__file__, str(base))
     yield base
     if not started:
         parallel.stop()

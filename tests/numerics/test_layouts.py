@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,29 +14,11 @@ from nemo_cascade.models import convert
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.parallel import ParallelLayout
-from tests.numerics import cut_learner
+from tests import ranks
+from tests.numerics import cut_learner, cut_over_ranks
 from tools.bench import layouts
 
 FAST = ("dp2_distributed_optimizer", "pp2", "cp2_packed")
-
-
-def run_two(script: str, *arguments: str) -> None:
-    """The script beside this file on two ranks; fails with what they printed when one of them fails."""
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *arguments]
-        ranks.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=570)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
 
 
 def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
@@ -53,7 +32,7 @@ def test_tensor_and_expert_parallel_ranks_compute_what_one_rank_does(
         with torch.no_grad():
             expected.append((tokens, bounds, model.packed_logits(tokens, bounds)))
     torch.save(expected, tmp_path / "expected.pt")
-    run_two("cut_over_ranks.py", str(tmp_path))
+    ranks.run(cut_over_ranks.__file__, str(tmp_path))
 
 
 def test_borrowed_weights_distillation_checkpoint_and_export_in_every_cut(
@@ -63,7 +42,7 @@ def test_borrowed_weights_distillation_checkpoint_and_export_in_every_cut(
     for name, seed in (("start", 3), ("teacher", 4)):
         MegatronLearner(layouts.MODEL, settings, seed=seed).export(str(tmp_path / name))
     expected = cut_learner.exercise(tmp_path, layouts.ONE)
-    run_two("cut_learner.py", str(tmp_path), *FAST)
+    ranks.run(cut_learner.__file__, str(tmp_path), *FAST)
     for name in FAST:
         for rank in range(2):
             found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
@@ -106,6 +85,5 @@ def test_training_over_stages_and_context_is_training_on_one_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_every_layout_trains_like_one_process() -> None:
     check(layouts.measure([]), tuple(layout.name for layout in layouts.LAYOUTS))

@@ -4,9 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +18,13 @@ from nemo_cascade.algorithms.loss import cross_entropy, policy_gradient
 from nemo_cascade.config.schema import HardwareConfig, LossConfig, OptimizerConfig
 from nemo_cascade.learner.output import output_logprobs
 from nemo_cascade.types import UserError
+from tests import ranks
 from tests.numerics import learner_worker
 from tests.numerics.learner_worker import TINY
 from tests.numerics.tiny_learner import build, flat, sequences
 
 pytestmark = pytest.mark.usefixtures("ranks")
 LAYOUTS = ("two:4096:data", "experts:64:expert_parallel", "tensor:4096:tensor_parallel")  # two ranks each
-WORKER = Path(__file__).with_name("learner_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: base / name for name in ("one", "micro", "two", "experts", "tensor")}
     for folder in folders.values():
         folder.mkdir()
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-W", "ignore", str(WORKER), str(base), *LAYOUTS]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    learner_worker.train(folders["one"], 4096, HardwareConfig())
-    learner_worker.train(folders["micro"], 32, HardwareConfig())
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    with ranks.running(learner_worker.__file__, str(base), *LAYOUTS):
+        learner_worker.train(folders["one"], 4096, HardwareConfig())
+        learner_worker.train(folders["micro"], 32, HardwareConfig())
     return folders
 
 

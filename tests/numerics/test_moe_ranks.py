@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,8 @@ from nemo_cascade.models.moe import routers
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.routing import Routing
+from tests import ranks
+from tests.numerics import moe_over_ranks
 
 
 @pytest.mark.slow
@@ -42,23 +41,7 @@ def test_two_ranks_are_one(model: NemotronH, config: NemotronHConfig, layout: Pa
     assert (expected["replayed"] - expected["logits"]).abs().max() > 0.1
     expected["difference"] = torch.tensor(replay.difference())
     torch.save(expected, tmp_path / "expected.pt")
-    script = Path(__file__).with_name("moe_over_ranks.py")
-    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    ranks.run(moe_over_ranks.__file__, str(tmp_path))
     start = policy.state_dict()
     for file in sorted(tmp_path.glob("tp2_*.nemo")):  # written by two ranks
         override = OmegaConf.create({"layout": {"tensor": 1, "expert": 1}})

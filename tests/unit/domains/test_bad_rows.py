@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from nemo_cascade import domains
 from nemo_cascade.data.rows import read_jsonl
 from nemo_cascade.types import Json, Message, Task, Transcript, UserError
+from tests.released import released_data
 
 PROMPT: dict[str, Any] = {
     "input": [
@@ -169,10 +169,7 @@ def test_what_a_verdict_reads_is_read_with_the_row(name: str, fields: dict[str, 
 
 def test_real_rows_broken_at_every_place() -> None:
     """The same with the released rows, in each place above the prompt's text."""
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set: no released rows")
-    for path in sorted((Path(folder) / "gym").glob("*.example.jsonl")):
+    for path in sorted((released_data() / "gym").glob("*.example.jsonl")):
         row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
         name = domains.for_row({**row, "agent_ref": {"name": path.name.removesuffix(".example.jsonl")}})
         domain = domains.load(name)

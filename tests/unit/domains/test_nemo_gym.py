@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def services() -> Iterator[domains.Services]:
 
 def gym(server: Scripted | str, **options: Json) -> NemoGym:
     url = server if isinstance(server, str) else server.url
-    return NemoGym(None, {"url": url, "timeout_s": 5.0, **options})
+    return NemoGym(None, {"url": url, "timeout_s": 30.0, **options})
 
 
 def play(episode: Episode, turns: tuple[Message, ...]) -> Transcript:
@@ -231,24 +232,27 @@ def test_a_server_that_is_down_makes_the_rollout_invalid() -> None:
         assert episode.reply(DONE) is None
         outcome = remote.score(task, Transcript((DONE,)))
         assert isinstance(outcome, Invalid) and "/seed_session failed" in outcome.reason
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20  # refused, not waited for
 
 
 def test_a_server_that_hangs_is_left_at_the_deadline() -> None:
+    left = threading.Event()
+
     def behave(path: str, body: Json, cookie: str) -> Answer:
         if path == "/add":
-            time.sleep(3)
+            left.wait(60)
         return counting(path, body, cookie)
 
     with scripted(behave) as server:
-        remote = gym(server, timeout_s=0.5)
+        remote = gym(server, timeout_s=1.5)
         task = remote.parse_row(ROW, "row")
         began = time.monotonic()
         played = play(remote.begin(task), (ADD, DONE))
         outcome = remote.score(task, played)
         assert played.messages == (ADD,), "the rollout ends where the server was lost"
-        assert isinstance(outcome, Invalid) and "tool add failed within 0.5 s" in outcome.reason
-        assert time.monotonic() - began < 2.5
+        assert isinstance(outcome, Invalid) and "tool add failed within 1.5 s" in outcome.reason
+        assert time.monotonic() - began < 30
+        left.set()
 
 
 def test_a_lost_session_is_replayed_and_a_changed_answer_is_not_believed() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nemo_cascade.data.rows import read_jsonl
 from nemo_cascade.domains import Services
 from nemo_cascade.reward.math_equal import MathGrader
 from nemo_cascade.types import Json, Message, Scored, Task, ToolCall, Transcript, UserError
+from tests.released import released_data
 
 FILES = {
     "instruction_following": "instruction_following",
@@ -26,10 +26,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    place = os.environ.get("NEMO_CASCADE_DATA")
-    if not place:
-        pytest.skip("NEMO_CASCADE_DATA is not set: no released rows")
-    return Path(place)
+    return released_data()
 
 
 @pytest.fixture(scope="module")

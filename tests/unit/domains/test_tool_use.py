@@ -1,14 +1,13 @@
 """Tool use: the state decides, on the nano diary and on the tables of the released rows."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from nemo_cascade.domains.tool_use import Diary, ToolUse
 from nemo_cascade.reward.workplace import TOOLS, Workplace
 from nemo_cascade.types import Invalid, Message, ToolCall, Transcript, UserError
+from tests.released import released_data
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +16,8 @@ def domain():
 
 
 def released(name):
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set: no released rows at hand")
-    return Path(folder), [json.loads(line) for line in (Path(folder) / "gym" / name).open()]
+    folder = released_data()
+    return folder, [json.loads(line) for line in (folder / "gym" / name).open()]
 
 
 def test_every_case(domain):

@@ -150,14 +150,24 @@ def test_transformers_loads_what_convert_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_nemo_file_there_and_back_is_bit_exact(tmp_path: Path) -> None:
-    """bf16 folder -> .nemo (fp32 inside) -> bf16 folder; the parameters of a nano model are exact in both."""
+def test_a_nemo_file_there_and_back_is_bit_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16 folder -> .nemo (fp32 inside) -> bf16 folder; the parameters of a nano model are exact in both.
+
+    Tokenizer, chat template, generation config and code files come back as well.
+    """
     sha256 = conversion.convert(NANO, tmp_path / "bf16", "bf16")
+    (tmp_path / "bf16" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "bf16" / "super_reasoning_parser.py").write_text("parser")
     assert conversion.convert(tmp_path / "bf16", tmp_path / "nano.nemo") == sha256
     assert conversion.convert(tmp_path / "nano.nemo", tmp_path / "back", "bf16", 300_000) == sha256
     wide = conversion.convert(tmp_path / "nano.nemo", tmp_path / "wide")
     assert wide == conversion.nemo_sha256(tmp_path / "nano.nemo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "bf16", "nano.nemo", "wide"]
+    assert "tokenizer" not in capsys.readouterr().err
+    beside = {path.name: path.read_bytes() for path in (tmp_path / "bf16").iterdir() if "model" not in path.name}
+    beside = {name: content for name, content in beside.items() if name not in ("config.json", "checksums.json")}
+    assert len(beside) >= 7 and beside.keys() > {"tokenizer.json", "chat_template.jinja", "super_reasoning_parser.py"}
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in beside} == beside
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""One of two ranks, each with half of the vocabulary: `python output_over_ranks.py FOLDER RANK` writes its numbers."""
+"""One of two ranks, each with half of the vocabulary: `output_over_ranks.py FOLDER`, RANK set, writes its numbers."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -41,4 +42,4 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(os.environ["RANK"]))

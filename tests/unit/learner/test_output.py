@@ -1,8 +1,5 @@
 """The chunked output layer gives the naive one's log-probabilities, entropies and gradients, on one rank or two."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 
 from nemo_cascade.algorithms.kept import RAW, Distribution, keep_mask
 from nemo_cascade.learner.output import output_logprobs
+from tests import ranks
 from tests.unit.learner import output_over_ranks
 
 DISTRIBUTIONS = {
@@ -104,20 +102,13 @@ def test_a_frozen_side_gets_no_gradient(trained: str):
 
 def test_a_vocabulary_cut_over_two_ranks_gives_the_numbers_of_one(tmp_path: Path):
     """Each rank has half of the columns: its weight gradient is its rows of the whole, hidden's are to be summed."""
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", output_over_ranks.__file__, str(tmp_path), str(rank)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks.run(output_over_ranks.__file__, str(tmp_path))
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for index, distribution in enumerate(output_over_ranks.DISTRIBUTIONS):
         hidden, weight, targets, upstream = output_over_ranks.problem(N, V, H, torch.float64)
         logprobs, entropy = naive(hidden, weight, targets, distribution)
         (logprobs * upstream).sum().backward()
-        first, second = (answers[index] for answers in ranks)
+        first, second = (answers[index] for answers in halves)
         found = [first[0], first[1], first[2] + second[2], torch.cat([first[3], second[3]])]
         expected = [logprobs.detach(), entropy, hidden.grad, weight.grad]
         for one, other in zip(expected, found, strict=True):

@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     config = read_config(folder / "hf")
     expected = (folder / "sha256").read_text()
     for number, layout in enumerate(LAYOUTS):
-        parallel.start(layout, seed=1, rendezvous=folder / f"meet-{number}", timeout_s=120)
+        parallel.start(layout, seed=1, rendezvous=folder / f"meet-{number}")
         rank = torch.distributed.get_rank()
         model = nemotron_h.build(config, layout, "bf16")
         convert.load_folder(model, folder / "hf")
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
 
 def fill_the_disk(folder: Path) -> None:
     """Rank 0 may write no file above 100 kB; both ranks must come through and be able to go on together."""
-    layout = parallel.start(parallel.ParallelLayout(expert=2), rendezvous=folder / "meet-full", timeout_s=120)
+    layout = parallel.start(parallel.ParallelLayout(expert=2), rendezvous=folder / "meet-full")
     rank = torch.distributed.get_rank()
     model = nemotron_h.build(read_config(folder / "hf"), layout, "bf16")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

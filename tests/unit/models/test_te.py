@@ -10,25 +10,71 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_cascade.models import convert, names
+from nemo_cascade.models import convert, names, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH
+from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.spec import layer_spec
 from nemo_cascade.types import UserError
 
 HERE = Path(__file__).parent
 
 
+SCALES = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
+
+
+def on_stand_ins(*words: str, kernels: bool = False, **variables: str) -> str:
+    """Run in a process where Transformer Engine (and mamba-ssm) are the stand-ins; returns what it printed."""
+    folders = ["te_standin", *(["mamba_standin"] if kernels else [])]
+    path = os.pathsep.join([*(str(HERE / folder) for folder in folders), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_te_spec_on_the_stand_in_is_the_local_one() -> None:
     """One published state dict for both; same logits and gradients in bf16 where both use the same experts."""
-    path = os.pathsep.join([str(HERE / "te_standin"), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "te_worker.py")],
-        env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_stand_ins(str(HERE / "te_worker.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "variables"), [("hopper_fp8", SCALES), ("blackwell_mxfp8", {})])
+def test_te_spec_asks_for_fp8_where_the_profile_says(precision: str, variables: dict[str, str]) -> None:
+    """Projections and experts of the middle layers, in the profile's recipe, whole blocks of tokens, nothing else."""
+    said = on_stand_ins(str(HERE / "te_fp8_worker.py"), precision, kernels=True, **variables)
+    assert f"{precision}: difference to the emulation" in said
+
+
+REFUSED = """
+import os
+from nemo_cascade.models.precision import check_installed
+from nemo_cascade.types import UserError
+def say():
+    try:
+        check_installed("hopper_fp8", "te")
+    except UserError as error:
+        print(error)
+check_installed("blackwell_mxfp8", "te")
+say()
+import transformer_engine
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
+say()
+"""
+
+
+@pytest.mark.slow
+def test_scales_by_powers_of_two_are_refused() -> None:
+    """Transformer Engine chooses them at import, where the variable is not set by then."""
+    unset = {name: "" for name in SCALES}
+    missing, late = on_stand_ins("-c", REFUSED, **unset).splitlines()
+    assert missing == (
+        "hardware.precision: hopper_fp8 needs NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment; set it"
+    )
+    assert "hopper_fp8: Transformer Engine was imported before" in late and late.endswith("before the process starts")
 
 
 class Grouped(torch.nn.Module):
@@ -62,3 +108,29 @@ def test_te_is_refused_in_one_line_where_it_is_not_installed(config: NemotronHCo
         "hardware.layer_spec: te needs the package transformer_engine (2.9 to 2.11), which is not installed; run in "
         "the GPU container or set layer_spec: local"
     )
+
+
+@pytest.mark.parametrize("precision", ["hopper_fp8", "blackwell_mxfp8"])
+def test_fp8_is_refused_in_one_line_where_transformer_engine_is_not_installed(
+    config: NemotronHConfig, layout: ParallelLayout, tmp_path: Path, precision: str
+) -> None:
+    """However the model is built: megatron-core would train in bf16 and say nothing."""
+    from nemo_cascade.models.cascade_model import CascadeModel, model_config
+
+    line = (
+        f"hardware.precision: {precision} needs the package transformer_engine (2.9 to 2.11), which is not installed; "
+        "run in the GPU container, or set precision: bf16 and layer_spec: local"
+    )
+    with pytest.raises(UserError) as caught:
+        nemotron_h.build(config, layout, precision, "te")
+    assert str(caught.value) == line
+    with pytest.raises(UserError) as caught:
+        CascadeModel(model_config(config, layout, precision, "te"))
+    assert str(caught.value) == line
+    file = tmp_path / "policy.nemo"
+    CascadeModel(model_config(config, layout)).save_to(str(file))
+    with pytest.raises(UserError) as caught:
+        CascadeModel.restore_from(
+            str(file), override_config_path={"precision": precision, "layer_spec": "te"}
+        )
+    assert str(caught.value) == f"{file}: {line}"

@@ -75,17 +75,20 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 def test_one_line_per_step_with_exclusive_timers(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, "if_rl", 2)
+    clocks = []
     for step in record.remaining(0):
+        began = time.perf_counter()
         with record.timer("sampling"):
             time.sleep(0.02)
             with record.timer("reward"):
                 time.sleep(0.06)
+        clocks.append(time.perf_counter() - began)  # however slow the machine is
         record.step(step, {"loss": 1.0 + step, "tokens": 100.0})
     first, second = lines(tmp_path)
     assert [first["step"], second["step"], second["loss"]] == [0, 1, 2.0]
-    assert 0.06 <= first["seconds/reward"] < 0.15
-    assert 0.02 <= first["seconds/sampling"] < 0.06  # the reward's time is not counted twice
-    assert first["seconds/sampling"] + first["seconds/reward"] <= first["seconds/total"] < 0.5
+    assert first["seconds/reward"] >= 0.06 and first["seconds/sampling"] >= 0.02
+    both = first["seconds/sampling"] + first["seconds/reward"]
+    assert 0.08 <= both <= clocks[0] <= first["seconds/total"]  # the reward's time is not counted twice
     assert first["tokens_per_second"] == pytest.approx(100 / first["seconds/total"])
 
 
@@ -162,11 +165,13 @@ def test_time_after_the_last_step_is_kept(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, "sft", 1)
     for step in record.remaining(0):
         record.step(step, {})
+    began = time.perf_counter()
     with record.timer("evaluation"):
         time.sleep(0.02)
     record.close()
+    seconds = time.perf_counter() - began
     record.close()
-    assert 0.02 <= json.loads((tmp_path / "timing.json").read_text())["evaluation"] < 0.2
+    assert 0.02 <= json.loads((tmp_path / "timing.json").read_text())["evaluation"] <= seconds
 
 
 def test_step_outside_the_loop_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     folder, env = StageFolder(Path(sys.argv[1])), os.environ
     run, world = read_stage_run(folder.path), int(env["WORLD_SIZE"])
     (folder.path / f"rank-{env['RANK']}-of-{world}-at-{env['MASTER_ADDR']}").touch()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while env["RANK"] == "0" and len(list(folder.path.glob("rank-*"))) < world and time.monotonic() < deadline:
         time.sleep(0.05)
     if env["RANK"] == "0":

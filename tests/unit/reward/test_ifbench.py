@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import string
 import time
-from pathlib import Path
 
 import pytest
 
@@ -23,6 +21,7 @@ from nemo_cascade.reward.instructions import (
     loosened,
 )
 from nemo_cascade.types import Invalid, Json, Message, Scored, Transcript, UserError
+from tests.released import released_data
 
 BENCH = {**bench_counts.CHECKS, **bench_words.CHECKS, **bench_formats.CHECKS, **bench_custom.CHECKS}
 PALINDROMES = "level radar civic kayak refer rotor madam tenet solos stats"
@@ -235,12 +234,9 @@ def test_the_longest_answer_is_checked_in_seconds(unit: str) -> None:
 
 def test_all_ifeval_prompts_load_and_score() -> None:
     """Each prompt loads, and each answer gets a verdict, strict and loose."""
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set")
     strict = domains.load("instruction_following")
     loose = domains.load("instruction_following", None, {"checking": "loose"})
-    rows = [json.loads(line) for line in (Path(folder) / "ifeval_input.jsonl").open()]
+    rows = [json.loads(line) for line in (released_data() / "ifeval_input.jsonl").open()]
     assert len(rows) == 541
     followed = 0
     for number, row in enumerate(rows):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +18,7 @@ from nemo_cascade.reward.instructions import (
 )
 from nemo_cascade.reward.instructions.text import sentences
 from nemo_cascade.types import Invalid, Json, Scored
+from tests.released import released_data
 
 CASES: list[tuple[str, dict[str, Json], str, str]] = [
     ("keywords:existence", {"keywords": ["frog", "Road"]}, "A frog on the road.", "A frog on a path."),
@@ -164,10 +163,7 @@ def test_sentences(text: str, count: int) -> None:
 
 
 def _rows(name: str) -> list[dict[str, Json]]:
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set")
-    return [json.loads(line) for line in (Path(folder) / name).open()]
+    return [json.loads(line) for line in (released_data() / name).open()]
 
 
 def test_every_released_row_is_supported() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from pathlib import Path
 
 import pytest
 
 from nemo_cascade.reward.mcqa import Mode, checked_regex, extract_letter, grade, option_texts, truth_options
 from nemo_cascade.types import UserError
+from tests.released import released_data
 
 OPTIONS = {"A": "pink", "B": "light blue", "C": "blue", "D": "gold"}
 
@@ -60,9 +59,9 @@ def test_bad_regexes_are_the_rows_fault() -> None:
 
 
 def test_long_answers_cost_little() -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     assert extract_letter("x" * 10**6 + " final: d", OPTIONS, output_regex=r".*final:\s*([a-z])") == "D"
-    assert time.monotonic() - started < 2
+    assert time.thread_time() - started < 2  # of processor time, whatever else the machine does
 
 
 def test_options_as_rows_hold_them() -> None:
@@ -73,11 +72,8 @@ def test_options_as_rows_hold_them() -> None:
 
 
 def test_recorded_rewards() -> None:
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set")
     options = dict.fromkeys("ABCDEFGHIJ", "x")
-    for line in (Path(folder) / "gym/mcqa.example_rollouts.jsonl").open():
+    for line in (released_data() / "gym/mcqa.example_rollouts.jsonl").open():
         row = json.loads(line)
         text = row["response"]["output"][-1]["content"][0]["text"]
         assert extract_letter(text, options) == row["extracted_answer"]

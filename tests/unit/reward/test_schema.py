@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import threading
-from pathlib import Path
 
 import pytest
 
 from nemo_cascade.reward.schema import check_schema, complies, grade, parse_json, strictify
 from nemo_cascade.types import Json, UserError
+from tests.released import released_data
 
 SCHEMA: dict[str, Json] = {
     "type": "object",
@@ -116,11 +115,9 @@ def test_tool_arguments_are_checked_as_they_stand() -> None:
 
 
 def test_recorded_rewards() -> None:
-    folder = os.environ.get("NEMO_CASCADE_DATA")
-    if not folder:
-        pytest.skip("NEMO_CASCADE_DATA is not set")
-    rows = [json.loads(line) for line in (Path(folder) / "gym/structured_outputs.example_rollouts.jsonl").open()]
+    folder = released_data()
+    rows = [json.loads(line) for line in (folder / "gym/structured_outputs.example_rollouts.jsonl").open()]
     texts = [row["response"]["output"][-1]["content"][0]["text"] for row in rows]
     assert [grade('{"type": "object"}', text).reward for text in texts] == [row["reward"] for row in rows]
-    for line in (Path(folder) / "gym/structured_outputs.example.jsonl").open():
+    for line in (folder / "gym/structured_outputs.example.jsonl").open():
         check_schema(json.loads(line)["schema_str"])

@@ -254,7 +254,7 @@ def stuck(at_begin: bool = False, **filters: float) -> tuple[Collector, StuckDom
         return "hang" if turn == 2 and seed % 2 else str(turn)
 
     play = collector([domain], count, filters)
-    play.environment_deadline_s = 0.3
+    play.environment_deadline_s = 1.5  # those that do not hang answer within it on a busy machine, too
     return play, domain, Task("stuck-1", "stuck", (Message("user", "count"),))
 
 
@@ -271,7 +271,7 @@ def test_an_environment_that_hangs_makes_its_rollout_invalid_and_no_other() -> N
         if lost:
             assert said == ["1", "next 1", "hang"]
             assert rollout.outcome == Invalid(
-                "the environment of domain stuck did not answer turn 2 within 0.3 s (task stuck-1)"
+                "the environment of domain stuck did not answer turn 2 within 1.5 s (task stuck-1)"
             )
         else:
             assert said == ["1", "next 1", "2", "next 2", "3"]
@@ -291,7 +291,7 @@ def test_an_environment_that_never_begins_ends_the_step_with_the_reason() -> Non
     with pytest.raises(UserError) as caught:
         play.collect(give([task]), 1, 4, seed=0, step=0)
     assert "4 of 4 rollouts are invalid" in str(caught.value)
-    assert "the environment of domain stuck did not begin within 0.3 s (task stuck-1)" in str(caught.value)
+    assert "the environment of domain stuck did not begin within 1.5 s (task stuck-1)" in str(caught.value)
     domain.release.set()
     play.close()
 

@@ -65,7 +65,7 @@ def test_a_server_that_goes_down_aborts_the_step_and_trains_nothing() -> None:
     turns = [spoken(message, task.thinking) for message in direct.demonstrate(task, 1) if message.role == "assistant"]
     server = GymHttpServer("127.0.0.1", 0, GymService(direct))
     server.start()
-    remote = NemoGym(None, {"url": server.url, "timeout_s": 1.0, "retries": 1})
+    remote = NemoGym(None, {"url": server.url, "timeout_s": 30.0, "retries": 1})
     twin = remote.parse_row(row_of(task), "row")
     assert not any(isinstance(rollout.outcome, Invalid) for rollout in collected(remote, twin, turns))
     server.stop()

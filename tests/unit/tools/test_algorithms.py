@@ -78,7 +78,6 @@ def test_both_algorithms_are_evaluated_at_the_same_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_the_measurement_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage by the real runner; a second call reads what is there."""
     words = ["--seeds", "2", "--tune-seed", "1", "--rates", "4e-4", "--scale", "0.02", "--hardware", "cpu1"]

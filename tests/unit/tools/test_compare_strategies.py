@@ -62,7 +62,6 @@ def test_the_kept_step_nearest_to_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_all_strategies_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps a stage by the real runner; a second call trains and measures nothing again."""
     command = ["--seeds", "3", "--factors", "1", "--scale", "0.006", "--hardware", "cpu1", "--out", str(tmp_path)]

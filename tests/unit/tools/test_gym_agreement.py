@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from nemo_cascade.types import UserError
+from tests.released import released_data
 from tools.gym_agreement import EXPLANATIONS, PAGE, Line, compare, page, problems, schema_in
 
 SAME = Line("mcqa", 0, 1.0, 1.0, "chose E")
@@ -46,10 +45,7 @@ def test_schemas_are_read_out_of_the_prompt() -> None:
 
 
 def test_every_recorded_reward_is_ours_or_explained() -> None:
-    place = os.environ.get("NEMO_CASCADE_DATA")
-    if not place:
-        pytest.skip("NEMO_CASCADE_DATA is not set: no recorded rollouts")
-    lines = compare(Path(place))
+    lines = compare(released_data())
     assert problems(lines, EXPLANATIONS) == []
     assert len([line for line in lines if line.compared]) == 38
     assert PAGE.read_text(encoding="utf-8") == page(lines, EXPLANATIONS), "run python -m tools.gym_agreement --write"

@@ -1,12 +1,16 @@
 """Transformer Engine's layers in plain PyTorch under its own names and arguments (2.11).
 
 With it megatron-core's wrappers and our te spec can be built and run where there is no GPU. It shows that names,
-arguments and the order of operations fit; what the real kernels compute, tests/gpu shows.
+arguments and the order of operations fit; what the real kernels compute, tests/gpu shows. `PRODUCTS` says which layer
+multiplied in which FP8 recipe; products in FP8 are those of our emulation.
 
 One file instead of a package: the submodules that megatron-core imports are registered at the end.
 """
 
 import contextlib
+import dataclasses
+import enum
+import os
 import sys
 import types
 
@@ -15,6 +19,59 @@ import torch.nn.functional as F
 
 __version__ = "2.11.0"
 __path__: list[str] = []
+
+
+class Format(enum.Enum):
+    E4M3 = "e4m3"
+    HYBRID = "hybrid"
+
+
+class DelayedScaling:
+    """Named by megatron-core, used by no profile of ours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    power_2_scale: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8BlockScaling:
+    fp8_format: Format = Format.E4M3
+    # read once, when Transformer Engine is imported
+    fp8_quant_fwd_inp: QParams = QParams(os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "") in ("", "0"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP8BlockScaling:
+    fp8_format: Format = Format.E4M3
+
+
+Recipe = Float8BlockScaling | MXFP8BlockScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product y = x W^T of a layer, or one per expert: in which recipe (None: bf16), of how many tokens each."""
+
+    layer: torch.nn.Module
+    recipe: Recipe | None
+    tokens: tuple[int, ...]
+
+
+PRODUCTS: list[Product] = []
+
+
+def multiply(layer: torch.nn.Module, parts: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
+    """The products of one layer under the autocast that it is called in."""
+    recipe = FP8GlobalStateManager.recipes[-1]
+    PRODUCTS.append(Product(layer, recipe, tuple(part[..., 0].numel() for part in parts)))
+    if recipe is None:
+        return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
+    from nemo_cascade.models.fp8_emulation import BLOCKWISE, MXFP8, fp8_linear
+
+    rounding = BLOCKWISE if isinstance(recipe, Float8BlockScaling) else MXFP8
+    return torch.cat([fp8_linear(part, weight, rounding) for part, weight in zip(parts, weights, strict=True)])
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,10 +98,11 @@ class Linear(torch.nn.Module):
         self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
         tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
         params_dtype=None, parallel_mode=None, device="cpu", ub_overlap_ag=False, ub_overlap_rs=False, ub_name=None,
-        delay_wgrad_compute=False, symmetric_ar_type=None,
+        delay_wgrad_compute=False, symmetric_ar_type=None, save_original_input=False,
     ):  # fmt: skip
         super().__init__()
         assert not bias and tp_size == 1
+        self.save_original_input = save_original_input  # megatron-core sets it where FP8 would keep both forms of x
         self.in_features, self.out_features, self.parallel_mode, self.use_bias = (
             in_features, out_features, parallel_mode, bias
         )  # fmt: skip
@@ -52,7 +110,7 @@ class Linear(torch.nn.Module):
         init_method(self.weight)
 
     def forward(self, inp, is_first_microbatch=None):
-        return inp @ self.weight.t()
+        return multiply(self, [inp], [self.weight])
 
 
 class LayerNormLinear(Linear):
@@ -64,9 +122,11 @@ class GroupedLinear(torch.nn.Module):
         self, num_gemms, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False,
         tp_group=None, tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True,
         return_bias=False, params_dtype=None, parallel_mode=None, device="cpu", ub_name=None, delay_wgrad_compute=False,
+        save_original_input=False,
     ):  # fmt: skip
         super().__init__()
         assert not bias
+        self.save_original_input = save_original_input
         self.num_gemms, self.use_bias = num_gemms, bias
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
@@ -74,8 +134,33 @@ class GroupedLinear(torch.nn.Module):
             self.register_parameter(f"weight{index}", weight)
 
     def forward(self, inp, m_splits, is_first_microbatch=None):
-        parts = inp.split(m_splits)
-        return torch.cat([part @ getattr(self, f"weight{index}").t() for index, part in enumerate(parts)])
+        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
+        return multiply(self, list(inp.split(m_splits)), weights)
+
+
+class Fp8Padding(torch.nn.Module):
+    """Each expert's tokens filled up with zeros to what the recipe's kernels take."""
+
+    def __init__(self, num_gemms, align_size=None):
+        super().__init__()
+        self.align_size = align_size
+
+    def forward(self, inp, m_splits):
+        size = self.align_size or (32 if isinstance(FP8GlobalStateManager.recipes[-1], MXFP8BlockScaling) else 16)
+        padded = [-(-count // size) * size for count in m_splits]
+        parts = zip(inp.split(m_splits), m_splits, padded, strict=True)
+        return torch.cat([F.pad(part, (0, 0, 0, whole - count)) for part, count, whole in parts]), padded
+
+
+class Fp8Unpadding(torch.nn.Module):
+    def __init__(self, num_gemms, align_size=None):
+        super().__init__()
+        self.align_size = align_size
+
+    def forward(self, inp, m_splits):
+        size = self.align_size or (32 if isinstance(FP8GlobalStateManager.recipes[-1], MXFP8BlockScaling) else 16)
+        parts = inp.split([-(-count // size) * size for count in m_splits])
+        return torch.cat([part[:count] for part, count in zip(parts, m_splits, strict=True)])
 
 
 class DotProductAttention(torch.nn.Module):
@@ -103,17 +188,23 @@ class DotProductAttention(torch.nn.Module):
 
 
 class FP8GlobalStateManager:
-    """FP8 is never on."""
+    """The recipes of the autocasts that are open, innermost last; None where FP8 is off."""
 
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        return False
+    recipes: list[Recipe | None] = [None]  # noqa: RUF012 - one for the process, as Transformer Engine's
+
+    @classmethod
+    def is_fp8_enabled(cls) -> bool:
+        return cls.recipes[-1] is not None
 
 
 @contextlib.contextmanager
-def fp8_autocast(enabled: bool = False, **_: object):
-    assert not enabled
-    yield
+def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False):
+    assert not enabled or isinstance(fp8_recipe, Recipe)
+    FP8GlobalStateManager.recipes.append(fp8_recipe if enabled else None)
+    try:
+        yield
+    finally:
+        FP8GlobalStateManager.recipes.pop()
 
 
 class Unused:
@@ -134,11 +225,17 @@ def unused(name: str) -> type[Unused]:
     return Unused
 
 
-layers = (RMSNorm, LayerNorm, Linear, LayerNormLinear, GroupedLinear, DotProductAttention)
+layers = (
+    RMSNorm, LayerNorm, Linear, LayerNormLinear, GroupedLinear, DotProductAttention, Fp8Padding, Fp8Unpadding,
+)  # fmt: skip
 pytorch = submodule(
     "pytorch",
+    fp8_autocast=fp8_autocast,
     **{layer.__name__: layer for layer in layers},
     fp8=submodule("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast),
     **{name: submodule(f"pytorch.{name}", __getattr__=unused) for name in ("ops", "distributed", "router", "tensor")},
 )
-common = submodule("common", recipe=submodule("common.recipe", __getattr__=unused))
+recipes = (Format, DelayedScaling, Float8BlockScaling, MXFP8BlockScaling)
+common = submodule(
+    "common", recipe=submodule("common.recipe", **{kind.__name__: kind for kind in recipes}, __getattr__=unused)
+)

@@ -1,0 +1,1 @@
+"""Stand-in; see ops/triton/ssd_combined.py."""
