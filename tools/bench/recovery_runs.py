@@ -97,7 +97,7 @@ DISTILL = {
     "power": "kind: sampled, advantage: power, power_alpha: 1.0",
 }
 ROLLOUTS = 64  # of a step, on both sides
-GROUPS = (4, 8, 16)  # GRPO's group sizes to choose from: as many variants as MOPD has
+GROUPS = (2, 4, 8, 16)  # GRPO's group sizes to choose from
 WAYS = {f"mopd_{name}": "mopd" for name in DISTILL} | {f"grpo_{group}": "grpo" for group in GROUPS}
 """Every variant and the side it is on; `grpo_8` has groups of 8."""
 
@@ -321,8 +321,11 @@ def lineage(manifest: Manifest, name: str) -> set[str]:
 
 
 def ranked(curves: Sequence[Curve]) -> list[Try]:
-    """Settings from best to worst: back on the most seeds, then in the fewest steps on average (a run that is never
-    back counts with all its steps), then with the highest share at the end. Only settings that all seeds have tried.
+    """Settings from best to worst: back, and so at the end of the run, on the most seeds; then in the fewest steps on
+    average (a run that is never back counts with all its steps); then with the highest share at the end. Only settings
+    that all seeds have tried.
+
+    The first condition is against rates at the edge of what is stable: fast on one seed, gone on the next.
     """
     found: dict[Try, list[Curve]] = {}
     for curve in curves:
@@ -331,9 +334,9 @@ def ranked(curves: Sequence[Curve]) -> list[Try]:
 
     def key(tried: Try) -> tuple[int, float, float]:
         own = found[tried]
-        never = sum(curve.back is None for curve in own)
+        lost = sum(curve.back is None or curve.points[-1].share < TARGET for curve in own)
         ends = statistics.fmean(curve.points[-1].share for curve in own)
-        return never, statistics.fmean(curve.reached.steps for curve in own), -ends
+        return lost, statistics.fmean(curve.reached.steps for curve in own), -ends
 
     return sorted((tried for tried, own in found.items() if len(own) == most), key=key)
 
