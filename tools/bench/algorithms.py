@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--tune-seeds", type=int, nargs="+", default=[10, 14], help="whose `select` scores choose")
     parser.add_argument("--distill", nargs="+", choices=list(DISTILL), default=["sampled", "full_vocab"], help="MOPD's")
-    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=[2, 4], help="variants of GRPO")
+    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=[4, 8], help="variants of GRPO")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates tried")
     parser.add_argument("--grpo-rates", type=float, nargs="+", help="as many others for GRPO (default: the same)")
     parser.add_argument("--warmups", type=int, nargs="+", default=list(WARMUPS), help="steps of warm-up tried for both")
