@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,27 +20,33 @@ from tools.stage_costs import Cost, cost_of, total
 
 PREPARED = {"sft": 320, "rlhf_teacher": 8, "if_rl": 120, "multi_domain_rl": 120}  # nano's stages and their steps
 TARGET = 0.9
-LIMITS = {"mopd": 60, "grpo": 180}  # steps after which a run that is not back counts as never back
-KINDS = tuple(LIMITS)
+SIDES = ("mopd", "grpo")
 
 
 @dataclass(frozen=True)
 class Regression:
     """How the model lost what its teachers have: the stage both start from, and the domains that they train.
 
-    `stage` is the YAML of the stage that does the damage, None where the cascade itself does it.
+    `stage` is the YAML of the stage that does the damage, None where the cascade itself does it. `limits`: steps of
+    each side after which a run that is not back counts as never back, `tuning`: the same in tuning, where who needs
+    more does not win.
     """
 
     start: str
     domains: tuple[str, ...]
+    limits: Mapping[str, int]
+    tuning: Mapping[str, int]
     eps: float  # of GRPO's advantage: large where a judge's graded rewards of converged groups would be blown up
     stage: str | None = None
 
 
 REGRESSIONS = {
-    "cascade": Regression("multi_domain_rl", ("math", "preference"), 0.3),
+    "cascade": Regression(
+        "multi_domain_rl", ("math", "preference"), {"mopd": 16, "grpo": 40}, {"mopd": 14, "grpo": 30}, 0.3
+    ),
     "sft": Regression(
-        "forgotten", ("instruction_following", "mcqa", "tool_use", "structured_output"), 1.0e-6,
+        "forgotten", ("instruction_following", "mcqa", "tool_use", "structured_output"),
+        {"mopd": 60, "grpo": 180}, {"mopd": 36, "grpo": 108}, 1.0e-6,
         """kind: sft
 init: multi_domain_rl
 num_steps: {steps}
@@ -63,33 +70,65 @@ hardware: {hardware}
 seed: {seed}
 output: {output}
 stages: [{stages}]
-evaluation: {{select: {select}, report: {report}, domains: [instruction_following, mcqa, tool_use, structured_output, \
-math, preference], max_new_tokens: 64}}
+evaluation: {{select: {select}, report: {report}, domains: [{domains}], max_new_tokens: 64}}
 judge: {{serve: "hf:nano_judge", strategy: all_pairs, length_weight: 0.1, conciseness_bonus: 0.1}}  # nano.yaml's
 """
 SHARED = """init: {start}
 num_steps: {steps}
 data: {{domains: {{{domains}}}}}
 sampling: {{max_new_tokens: 48, max_prompt_tokens: 160, max_total_tokens: 320}}
-optimizer: {{lr: {rate}, betas: [0.9, 0.95], warmup_steps: 5, warmup_from: {warmup}}}
+optimizer: {{lr: {rate}, betas: [0.9, 0.95], warmup_steps: {warmup}, warmup_from: {from_rate}}}
 keep_steps: [{kept}]
 evaluation: {{select: {select}, report: {report}, domains: [{measured}], steps: [{kept}]}}
 """
-STAGES = {
-    "mopd": """kind: mopd
+MOPD = """kind: mopd
 prompts_per_step: 64
 group_size: 1
 teachers: {{candidates: [sft, rlhf_teacher, if_rl, multi_domain_rl]}}
-distill: {{kind: sampled, importance_low: 0.5, importance_high: 2.0, clip_advantage: 5.0}}  # nano/mopd's
-""",
-    "grpo": """kind: grpo
-prompts_per_step: 8
-group_size: 8
+distill: {{{distill}, importance_low: 0.5, importance_high: 2.0}}  # nano/mopd's bounds
+"""
+GRPO = """kind: grpo
+prompts_per_step: {prompts}
+group_size: {group}
 filters: {{overlong: filter}}
 advantage: {{baseline: mean, scale: std, eps: {eps}}}
 loss: {{normalize: batch_tokens, kl: 0.0}}
-""",
+"""
+DISTILL = {
+    "sampled": "kind: sampled, clip_advantage: 5.0",  # nano/mopd's
+    "full_vocab": "kind: full_vocab",
+    "power": "kind: sampled, advantage: power, power_alpha: 1.0",
 }
+ROLLOUTS = 64  # of a step, on both sides
+GROUPS = (2, 4, 8, 16)  # GRPO's group sizes to choose from
+WAYS = {f"mopd_{name}": "mopd" for name in DISTILL} | {f"grpo_{group}": "grpo" for group in GROUPS}
+"""Every variant and the side it is on; `grpo_8` has groups of 8."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One setting: a variant, its learning rate, and the steps of warm-up to it from a tenth."""
+
+    way: str
+    rate: float
+    warmup: int
+
+    @property
+    def side(self) -> str:
+        """mopd or grpo."""
+        return WAYS[self.way]
+
+    @property
+    def stage(self) -> str:
+        """The stage's name. It has no dot, so the rate is told in millionths."""
+        return f"{self.way}_{round(self.rate * 1e6)}_{self.warmup}"
+
+    def text(self, eps: float) -> str:
+        """What the stage file says of the algorithm."""
+        kind, _, which = self.way.partition("_")
+        if kind == "mopd":
+            return MOPD.format(distill=DISTILL[which])
+        return GRPO.format(prompts=ROLLOUTS // int(which), group=which, eps=eps)
 
 
 @dataclass(frozen=True)
@@ -123,10 +162,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One algorithm on one seed."""
+    """One setting on one seed."""
 
-    kind: str
-    rate: float
+    tried: Try
     points: Sequence[Point]
 
     @property
@@ -144,66 +182,96 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """MOPD's cost by GRPO's: between `low` and `high`, which are equal when both are back."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:.2f}"
+        if math.isinf(self.high):
+            return f"over {self.low:.2f}" if self.low else "unknown"
+        return f"{self.low:.2f} to {self.high:.2f}" if self.low else f"under {self.high:.2f}"
+
+
+def ratio(mopd: Curve, grpo: Curve, what: str) -> Ratio:
+    """Steps or rollouts of both. A side that is never back costs at least its whole run, which makes a bound."""
+    share = getattr(mopd.reached, what) / getattr(grpo.reached, what)
+    return Ratio(share if grpo.back else 0.0, share if mopd.back else math.inf)
+
+
+def median(ratios: Sequence[Ratio]) -> Ratio:
+    """The median of all values that the bounds allow."""
+    return Ratio(statistics.median(item.low for item in ratios), statistics.median(item.high for item in ratios))
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Both algorithms on one seed, with the teachers and what training them took beyond the common start."""
+    """Several settings on one seed, with the teachers and what training them took beyond the common start."""
 
     seed: int
     start: Mapping[str, float]
     teachers: Mapping[str, Choice]
     taught: Mapping[str, float]  # domain -> its teacher's score
     teaching: Cost
-    curves: Mapping[str, Curve]
+    curves: Sequence[Curve]
 
-    def ratio(self, what: str) -> float:
-        """MOPD's steps or rollouts by GRPO's; a bound where one is never back: upper for GRPO, lower for MOPD."""
-        return getattr(self.curves["mopd"].reached, what) / getattr(self.curves["grpo"].reached, what)
+    def of(self, side: str) -> list[Curve]:
+        """The curves of one side."""
+        return [curve for curve in self.curves if curve.tried.side == side]
 
 
-def checkpoints(limit: int, split: Split) -> list[int]:
-    """The evaluated steps before the last: every second to 40 (every fourth in tuning), every fourth to 100, then every
+def checkpoints(limit: int) -> list[int]:
+    """The evaluated steps before the last: every one to 12, every second to 40, every fourth to 100, then every
     tenth.
     """
-    steps = [*range(2, 41, 2), *range(44, 101, 4), *range(110, limit, 10)]
-    return [step for step in steps if step < limit and (split == "report" or step > 100 or step % 4 == 0)]
+    steps = [*range(1, 13), *range(14, 41, 2), *range(44, 101, 4), *range(110, limit, 10)]
+    return [step for step in steps if step < limit]
 
 
-def stage_name(kind: str, rate: float) -> str:
-    """A stage's name has no dot, so the rate is told in millionths."""
-    return f"{kind}_{round(rate * 1e6)}"
+def limit(setting: Setting, side: str, split: Split) -> int:
+    """The steps of a run, fewer in tuning."""
+    lost = setting.regression
+    return setting.steps((lost.limits if split == "report" else lost.tuning)[side])
 
 
-def write_stage(setting: Setting, kind: str, rate: float, split: Split) -> Path:
-    """The stage file of one algorithm at one rate, measured on one split."""
-    lost, limit = setting.regression, setting.steps(LIMITS[kind])
+def write_stage(setting: Setting, tried: Try, split: Split) -> Path:
+    """The stage file of one setting, measured on one split."""
+    lost, steps = setting.regression, limit(setting, tried.side, split)
     counts = {"select": 0, "report": 0, split: setting.tasks(getattr(setting, split))}
-    text = STAGES[kind].format(eps=lost.eps) + SHARED.format(
-        start=lost.start, steps=limit, domains=", ".join(f"{name}: 1" for name in lost.domains), rate=rate,
-        warmup=rate / 10, kept=", ".join(map(str, checkpoints(limit, split))), measured=", ".join(lost.domains),
-        **counts,
+    text = tried.text(lost.eps) + SHARED.format(
+        start=lost.start, steps=steps, domains=", ".join(f"{name}: 1" for name in lost.domains), rate=tried.rate,
+        warmup=tried.warmup, from_rate=tried.rate / 10, kept=", ".join(map(str, checkpoints(steps))),
+        measured=", ".join(lost.domains), **counts,
     )  # fmt: skip
-    path = setting.out / f"{split}-{stage_name(kind, rate)}" / f"{stage_name(kind, rate)}.yaml"
+    path = setting.out / f"{split}-{tried.stage}" / f"{tried.stage}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
 
-def train(setting: Setting, seed: int, rates: Mapping[str, Sequence[float]], split: Split) -> Manifest:
-    """Run the cascade to the start and a stage of each algorithm at each of its rates, those not done yet."""
-    files = [write_stage(setting, kind, rate, split) for kind, values in rates.items() for rate in values]
-    if setting.regression.stage is not None:
-        damage = setting.out / f"{setting.regression.start}.yaml"
-        damage.write_text(setting.regression.stage.format(steps=setting.steps(DAMAGE)))
+def train(setting: Setting, seed: int, tries: Sequence[Try], split: Split) -> Manifest:
+    """Run the cascade to the start and a stage of each setting, those not done yet. In tuning nothing is measured on
+    `report` tasks, and never a domain that was not lost, so gates on others are off.
+    """
+    lost, files = setting.regression, [write_stage(setting, tried, split) for tried in tries]
+    if lost.stage is not None:
+        damage = setting.out / f"{lost.start}.yaml"
+        damage.write_text(lost.stage.format(steps=setting.steps(DAMAGE)))
         files.insert(0, damage)
     stages = [*(f"nano/{name}" for name in PREPARED), *(str(file.resolve()) for file in files)]
     path = setting.out / f"seed-{seed}.yaml"
     path.write_text(
         CASCADE.format(
             hardware=setting.hardware, seed=seed, output=(setting.out / f"seed-{seed}").resolve(),
-            stages=", ".join(stages), select=setting.tasks(setting.select), report=setting.tasks(setting.report),
+            stages=", ".join(stages), domains=", ".join(lost.domains), select=setting.tasks(setting.select),
+            report=setting.tasks(setting.report) if split == "report" else 0,
         )
     )  # fmt: skip
     shorter = [f"stages.{name}.num_steps={setting.steps(steps)}" for name, steps in PREPARED.items()]
-    loaded = load_cascade(str(path), shorter if setting.scale < 1.0 else [])
+    loaded = load_cascade(str(path), ["stages.*.gates=[]", *(shorter if setting.scale < 1.0 else [])])
     return read_manifest(run(loaded, Options(), lambda line: say(f"seed {seed}: {line}")))
 
 
@@ -219,41 +287,31 @@ def scores_of(folder: StageFolder, label: str, split: Split) -> dict[str, float]
     return {domain: statistics.fmean(tasks.values()) for (domain, which, _), tasks in cells.items() if which == split}
 
 
-def curve_of(folder: StageFolder, kind: str, rate: float, split: Split, taught: Mapping[str, float]) -> Curve:
+def curve_of(folder: StageFolder, tried: Try, split: Split, taught: Mapping[str, float]) -> Curve:
     """Every evaluated checkpoint of a stage, in order."""
     result = folder.result()
     assert result is not None, "the runner has brought the stage to its end"
     points = []
-    for step in [*checkpoints(result.num_steps, split), result.num_steps]:
+    for step in [*checkpoints(result.num_steps), result.num_steps]:
         label = FINAL if step == result.num_steps else f"step_{step:06d}"
         scores = scores_of(folder, label, split)
         share = min(scores[domain] / taught[domain] for domain in taught)
         points.append(Point(cost_of(folder, step), scores, share))
-    return Curve(kind, rate, points)
+    return Curve(tried, points)
 
 
-def read(
-    setting: Setting, seed: int, manifest: Manifest, rates: Mapping[str, Sequence[float]], split: Split
-) -> list[Measured]:
-    """The curves of a seed, one entry per rate (the i-th of both algorithms together)."""
+def read(setting: Setting, seed: int, manifest: Manifest, tries: Sequence[Try], split: Split) -> Measured:
+    """The curves of a seed. All stages of MOPD have the same candidates, so the same teachers."""
     folders, lost = manifest.folders, setting.regression
-    start = {
-        name: score for name, score in scores_of(folders[lost.start], FINAL, split).items() if name in lost.domains
-    }
-    found = []
-    for mopd, grpo in zip(rates["mopd"], rates["grpo"], strict=True):
-        teachers = read_teachers(folders[stage_name("mopd", mopd)])
-        taught = {name: scores_of(folders[teachers[name].stage], FINAL, split)[name] for name in lost.domains}
-        if not all(taught.values()):
-            raise UserError(f"seed {seed}: a teacher scores 0, so there is nothing to come back to; train longer")
-        used = {name for choice in teachers.values() for name in lineage(manifest, choice.stage)}
-        teaching = total(cost_of(folders[name]) for name in sorted(used - lineage(manifest, lost.start)))
-        curves = {
-            kind: curve_of(folders[stage_name(kind, rate)], kind, rate, split, taught)
-            for kind, rate in (("mopd", mopd), ("grpo", grpo))
-        }
-        found.append(Measured(seed, start, teachers, taught, teaching, curves))
-    return found
+    start = scores_of(folders[lost.start], FINAL, split)
+    teachers = read_teachers(folders[next(tried.stage for tried in tries if tried.side == "mopd")])
+    taught = {name: scores_of(folders[teachers[name].stage], FINAL, split)[name] for name in lost.domains}
+    if not all(taught.values()):
+        raise UserError(f"seed {seed}: a teacher scores 0, so there is nothing to come back to; train longer")
+    used = {name for choice in teachers.values() for name in lineage(manifest, choice.stage)}
+    teaching = total(cost_of(folders[name]) for name in sorted(used - lineage(manifest, lost.start)))
+    curves = [curve_of(folders[tried.stage], tried, split, taught) for tried in tries]
+    return Measured(seed, {name: start[name] for name in lost.domains}, teachers, taught, teaching, curves)
 
 
 def lineage(manifest: Manifest, name: str) -> set[str]:
@@ -265,20 +323,42 @@ def lineage(manifest: Manifest, name: str) -> set[str]:
     return found
 
 
-def tune(setting: Setting, seed: int, rates: Sequence[float]) -> tuple[dict[str, float], list[Measured]]:
-    """The rate of each algorithm that is back in the fewest steps on the tuning seed, and all that was tried."""
-    grid = dict.fromkeys(KINDS, tuple(rates))
-    tried = read(setting, seed, train(setting, seed, grid, "select"), grid, "select")
-    best = {}
-    for kind in KINDS:
-        curves = [item.curves[kind] for item in tried]
-        ranked = sorted(curves, key=lambda curve: (curve.back is None, curve.reached.steps, -curve.points[-1].share))
-        best[kind] = ranked[0].rate
-    return best, tried
+def ranked(curves: Sequence[Curve]) -> list[Try]:
+    """Settings from best to worst: back, and so at the end of the run, on the most seeds; then in the fewest steps on
+    average (a run that is never back counts with all its steps); then with the highest share at the end. Only settings
+    that all seeds have tried.
+
+    The first condition is against rates at the edge of what is stable: fast on one seed, gone on the next.
+    """
+    found: dict[Try, list[Curve]] = {}
+    for curve in curves:
+        found.setdefault(curve.tried, []).append(curve)
+    most = max(map(len, found.values()))
+
+    def key(tried: Try) -> tuple[int, float, float]:
+        own = found[tried]
+        lost = sum(curve.back is None or curve.points[-1].share < TARGET for curve in own)
+        ends = statistics.fmean(curve.points[-1].share for curve in own)
+        return lost, statistics.fmean(curve.reached.steps for curve in own), -ends
+
+    return sorted((tried for tried, own in found.items() if len(own) == most), key=key)
 
 
-def measure(setting: Setting, seed: int, best: Mapping[str, float]) -> Measured:
-    """Both algorithms at their best rates on one seed, on `report` tasks."""
-    rates = {kind: (rate,) for kind, rate in best.items()}
-    (found,) = read(setting, seed, train(setting, seed, rates, "report"), rates, "report")
-    return found
+def tune(setting: Setting, seeds: Sequence[int], grid: Sequence[Try], kept: int) -> tuple[list[Try], list[Measured]]:
+    """The best setting of each variant, best first, and all that was tried.
+
+    The first seed tries everything; each later one the best `kept` settings of each variant.
+    """
+    tried: list[Measured] = []
+    left = list(grid)
+    for seed in seeds:
+        tried.append(read(setting, seed, train(setting, seed, left, "select"), left, "select"))
+        order = ranked([curve for item in tried for curve in item.curves])
+        left = [item for way in WAYS for item in [one for one in order if one.way == way][:kept]]
+    best = {item.way: item for item in reversed(order)}
+    return [item for item in order if best[item.way] == item], tried
+
+
+def measure(setting: Setting, seed: int, best: Sequence[Try]) -> Measured:
+    """Chosen settings on one seed, on `report` tasks."""
+    return read(setting, seed, train(setting, seed, best, "report"), best, "report")
