@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.domains import Services
-from nemo_cascade.domains.code import Code, apply_rule, extract_code
+from nemo_cascade.domains.code import Code, apply_rule, extract_code, same_lines, same_tokens
 from nemo_cascade.reward.compiled import LANGUAGES, Language
 from nemo_cascade.reward.sandbox import Limits
 from nemo_cascade.types import Invalid, Message, Transcript, UserError
@@ -182,8 +182,42 @@ def test_languages_of_rows_are_checked(domain, monkeypatch):
     assert isinstance(outcome, Invalid) and "install g++" in outcome.reason
 
 
+@pytest.mark.parametrize(
+    ("printed", "wanted", "lines", "tokens"),
+    [
+        ("7\n", "7", True, True),
+        ("\n 1 2 \n3\n\n", "1 2\n 3", True, True),
+        ("1.50 2\n", "1.5  2.0", True, False),
+        ("1e3", "1000", True, False),
+        ("a  b", "a b", False, True),
+        ("1\n\n2", "1\n2", False, True),
+        ("1 2 3", "1\n2\n3", False, True),
+        ("1 2", "1 2 3", False, False),
+        ("0.1", "0.10000001", False, False),
+        ("NaN", "nan", False, False),
+        ("sNaN", "1", False, False),
+        ("NaN", "NaN", True, True),
+        ("1" * 5000, "1" * 5000 + ".0", True, False),
+        ("1" * (1 << 21), "1", False, False),
+        ("yes", "YES", False, False),
+        ("", "", True, True),
+    ],
+)
+def test_output_is_compared_as_livecodebench_does(printed, wanted, lines, tokens):
+    assert same_lines(printed, wanted) is lines
+    assert same_tokens(printed, wanted) is tokens
+
+
+def test_layout_counts_unless_tokens_are_asked_for(services):
+    row = {"unit_tests": {"inputs": ["1 2"], "outputs": ["1\n2"]},
+           "responses_create_params": {"input": [{"role": "user", "content": "One a line."}]}}  # fmt: skip
+    for options, reward in (({}, 0.0), ({"compare": "lines"}, 0.0), ({"compare": "tokens"}, 1.0)):
+        domain = Code(services, options)
+        assert domain.score(domain.parse_row(row, "rows:1"), answer("print(input())")).reward == reward
+
+
 def test_line_comparison_gives_the_rewards_that_nemo_gym_recorded(services):
-    domain = Code(services, {"compare": "lines", "max_tests": 100})
+    domain = Code(services, {"max_tests": 100})
     folder = data() / "gym"
     rows = [json.loads(line) for line in (folder / "code_gen.example.jsonl").open()]
     rollouts = [json.loads(line) for line in (folder / "code_gen.example_rollouts.jsonl").open()]
