@@ -10,7 +10,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 DIRECT = (  # what our own lines import; everything else in requirements/base.txt is what these ask for
     "einops fastapi httpx jinja2 jsonschema_rs leptonai math-verify megatron-core nemo_run nemo-toolkit numpy "
-    "omegaconf psutil py3langid pyyaml rapidfuzz rich safetensors tensorboard tokenizers transformers unidiff uvicorn"
+    "omegaconf psutil py3langid pyyaml rapidfuzz rich safetensors syllapy tensorboard tokenizers transformers "
+    "unidiff uvicorn"
 ).split()
 
 

@@ -2,7 +2,8 @@
 
     python -m tools.gym_agreement [--write]     NEMO_CASCADE_DATA names the folder that holds gym/ and workplace/
 
-Every answer is read from its Responses object, scored by our domain at its default options, and compared. A difference
+Every answer is read from its Responses object, scored by our domain at its default options, and compared. Rewards that
+a judge gave are counted apart: no judge is here, so `grading: exact` stands for it, the one option set. A difference
 needs a measured reason in EXPLANATIONS: without one, or with one that is no longer needed, the exit status is 1.
 """
 
@@ -27,17 +28,13 @@ RECORDED = ".example_rollouts.jsonl"
 Row = Mapping[str, Json]
 
 EXPLANATIONS: dict[tuple[str, int], str] = {
-    ("code_gen", 2): "test 3 wants on one line what the program prints on five; all tokens are right. NeMo-Gym counts "
-    "lines, ours compares tokens (`compare: lines` gives 0, too)",
-    ("code_gen", 4): "the expected output has a blank line that the task calls optional; all tokens are right. "
-    "NeMo-Gym counts lines, ours compares tokens (`compare: lines` gives 0, too)",
     ("equivalence_llm_judge", 4): "GPT-4o let 'Charles Darwin' pass for 'darwin'; without a judge the texts must be "
     "equal",
 }
 """(environment, index in its file) -> why the two verdicts differ, as measured."""
 
 PREMISES = {
-    "code_gen": "all of a row's tests are run (`max_tests: 1000`)",
+    "code_gen": "the first 50 tests of a row are run, which is the default (`max_tests`); NeMo-Gym ran all",
     "equivalence_llm_judge": "NeMo-Gym asked GPT-4o; no judge here, so the boxed texts are compared",
     "genrm_compare": "prompts only, no answer and no reward is recorded; every row is parsed",
     "structured_outputs": "the recording lacks `schema_str`; the schema is read out of the prompt",
@@ -45,7 +42,9 @@ PREMISES = {
     "answers cut off by the token limit (reward 0 on both sides) can be compared",
     "workplace_assistant": "the recording lacks `ground_truth`; the reference calls are ours, from the request",
 }
-OPTIONS: dict[str, dict[str, Json]] = {"code": {"max_tests": 1000}, "long_context": {"grading": "exact"}}
+OPTIONS: dict[str, dict[str, Json]] = {"long_context": {"grading": "exact"}}
+JUDGED = ("equivalence_llm_judge",)
+"""Environments whose recorded rewards are a judge's: what equal texts give is shown beside them."""
 
 
 def _call(name: str, **arguments: Json) -> Json:
@@ -187,14 +186,18 @@ def problems(lines: Sequence[Line], explained: Mapping[tuple[str, int], str]) ->
 def page(lines: Sequence[Line], explained: Mapping[tuple[str, int], str]) -> str:
     """The table as Markdown, with what each comparison rests on."""
     compared = [line for line in lines if line.compared]
-    agree = sum(line.agrees for line in compared)
+    judged = [line for line in compared if line.name in JUDGED]
+    own = [line for line in compared if line.name not in JUDGED]
+    agree = sum(line.agrees for line in own)
+    share = 100 * agree / max(1, len(own))
     text = [
         "# Agreement with the rewards that NeMo-Gym recorded",
         "",
         "Written by `python -m tools.gym_agreement --write` from the example rollouts of NVIDIA-NeMo/Gym (Apache-2.0).",
         "",
-        f"{agree} of {len(compared)} recorded rewards are ours, too; the other {len(compared) - agree} are explained "
-        f"below. {len(lines) - len(compared)} recordings have nothing to compare.",
+        f"{agree} of {len(own)} recorded rewards that need neither a judge nor a container image are ours, too "
+        f"({share:.0f} %). Of {len(judged)} that a judge gave, {sum(line.agrees for line in judged)} are what equal "
+        f"texts give. {len(lines) - len(compared)} recordings have nothing to compare.",
         "",
         "| environment | index | NeMo-Gym | ours | agree | our reason | why they differ |",
         "|---|---|---|---|---|---|---|",

@@ -3,9 +3,9 @@
 Python, and C and C++ where rows or the option `language` ask for it and a compiler is installed.
 
 Three kinds of rows. Calls: a function's return values are compared outside the sandbox (nano tasks, LiveCodeBench's
-`fn_name`). Programs: standard output is compared token by token (released rows). Assertions: the row brings a test
-program (HumanEval), which calls the candidate in another process. An exit status never decides: a program that leaves
-early has returned nothing, which is not the right value.
+`fn_name`). Programs: standard output is compared line by line, as in LiveCodeBench (released rows). Assertions: the row
+brings a test program (HumanEval), which calls the candidate in another process. An exit status never decides: a program
+that leaves early has returned nothing, which is not the right value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import json
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +33,8 @@ HIDDEN_INPUTS = (0, 1, 9, 25, 40)
 CONSTANTS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 6)}
 REMEMBERED = 4096  # verdicts kept per process: rollouts of a group often agree, and evaluation repeats them
 
+LONGEST_NUMBERS = 1 << 20  # characters of a line whose numbers are compared as such
+
 ALL = """
 def __all(lists):
     return [ENTRY(*given) for given in lists]
@@ -47,7 +50,7 @@ class Code(SingleTurn):
         "cpu_seconds": 10.0,  # per test, as NeMo-Gym's unit_test_timeout_secs
         "memory_mb": 1024,
         "max_tests": 50,
-        "compare": "tokens",  # "lines": also the layout counts, as in NeMo-Gym
+        "compare": "lines",  # as in LiveCodeBench and NeMo-Gym; "tokens": white space between tokens never counts
         "language": "python",  # of rows that name none; cpp and c where a compiler is installed
     }
 
@@ -55,8 +58,8 @@ class Code(SingleTurn):
         super().__init__(services, options)
         seconds = float(self.options["cpu_seconds"])
         self.limits = Limits(seconds, max(30.0, 3 * seconds), int(self.options["memory_mb"]), output_bytes=1 << 22)
-        if self.options["compare"] not in ("tokens", "lines"):
-            raise UserError(f"data.options.code.compare: {self.options['compare']!r}; choose tokens or lines")
+        if self.options["compare"] not in COMPARISONS:
+            raise UserError(f"data.options.code.compare: {self.options['compare']!r}; choose lines or tokens")
         if self.options["language"] not in KNOWN:
             known = ", ".join(KNOWN)
             raise UserError(f"data.options.code.language: {self.options['language']!r}; choose one of {known}")
@@ -167,10 +170,10 @@ class Code(SingleTurn):
             calls = sandbox.call_function(source, name, given, self.limits, fails)
             return _verdict([(r.status, not fails(i, r)) for i, r in enumerate(calls)], len(given))
 
-        shape = _lines if self.options["compare"] == "lines" else str.split
+        same = COMPARISONS[str(self.options["compare"])]
 
         def differs(index: int, result: RunResult) -> bool:
-            return result.status != "ok" or shape(result.stdout) != shape(str(outputs[index]))
+            return result.status != "ok" or not same(result.stdout, str(outputs[index]))
 
         sandbox, stdins = self.services.code_sandbox(), [str(x) for x in inputs]
         if language == "python":
@@ -248,8 +251,34 @@ def _verdict(tests: list[tuple[str, bool]], wanted: int) -> Outcome:
     return Scored(0.0, parts, f"test {len(tests)}: {'another result' if status == 'ok' else status}")
 
 
-def _lines(text: str) -> list[list[str]]:
-    return [line.split() for line in text.strip().split("\n")]
+def same_lines(printed: str, wanted: str) -> bool:
+    """As many lines on both sides, each the same text without the spaces around it, or the same decimal numbers.
+
+    LiveCodeBench's rule: white space around the whole output does not count, a blank line within it does, and `1.50 2`
+    is `1.5  2.0`, while two spaces between words are not one.
+    """
+    ours, theirs = printed.strip().split("\n"), wanted.strip().split("\n")
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(printed: str, wanted: str) -> bool:
+    if printed.strip() == wanted.strip():
+        return True
+    if len(printed) > LONGEST_NUMBERS:
+        return False
+    try:
+        ours, theirs = ([Decimal(word) for word in line.split()] for line in (printed, wanted))
+    except InvalidOperation:
+        return False
+    return len(ours) == len(theirs) and not any(number.is_nan() for number in ours) and ours == theirs
+
+
+def same_tokens(printed: str, wanted: str) -> bool:
+    """The same words in the same order, on whatever lines."""
+    return printed.split() == wanted.split()
+
+
+COMPARISONS: Mapping[str, Callable[[str, str], bool]] = {"lines": same_lines, "tokens": same_tokens}
 
 
 def _arguments(value: Json) -> list[Json]:

@@ -20,23 +20,17 @@ import threading
 import time
 
 from nemo_cascade.reward import math_worker
+from nemo_cascade.reward.math_reader import Reader
 from nemo_cascade.types import Invalid, Scored, UserError
 
 MAX_ANSWER_CHARS = 200
-MAX_NESTED_POWERS = 1
+FAR_TOO_LONG = 8  # times what is allowed: not even spaces and delimiters are taken off
 START_SECONDS = 60.0
-_INTEGER = re.compile(r"[+-]?[0-9]+")  # not \d: other scripts have digits too
+_INTEGER = re.compile(r"([+-]?)0*([0-9]+)")  # not \d: other scripts have digits too
+_SAME_SIGN = (("**", "^"), (r"\cdot", "*"), (r"\times", "*"), ("\u00d7", "*"), ("\u00b7", "*"), ("\u2212", "-"))
 _BOXED = re.compile(r"\\boxed\s{0,100}\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"))
-_RUNAWAYS = (
-    re.compile(r"\d{3,}[\s)}]*!|![\s)}]*!"),  # a large factorial, or one of a factorial
-    re.compile(r"\^\s*\{?\s*[+-]?\d{5,}"),
-    re.compile(r"(?:\\Gamma|\\d?binom|factorial\b)[^+=]{0,20}?(?:\^|\d{4,})"),  # they grow as factorials do
-    re.compile(r"\((?:[^()+-]*[+-]){3}[^()]*\)\s*\^\s*\{?\s*\d{2,}"),  # a long sum, to be multiplied out
-    re.compile(r"\\(?:lim|i{0,2}int|oint|sum|prod)(?![a-z])"),  # the question again, for the grader to work out
-)
-MAX_DEPTH = 12  # of brackets: each level may double the work
 
 
 def extract_boxed(text: str) -> str | None:
@@ -88,29 +82,20 @@ def normalized(answer: str) -> str:
 
 
 def is_runaway(answer: str) -> bool:
-    """True for answers that no comparison should touch: overlong, towers of powers, what grows as factorials do, powers
-    of long sums, deep nesting, limits, integrals and sums that nobody has worked out.
+    """True for answers that no comparison should touch: overlong, too large to be worked out or too dear to be
+    simplified (`math_reader`), or not worked out: limits, integrals, sums, products, for the grader to do.
     """
-    if len(answer) > MAX_ANSWER_CHARS or any(pattern.search(answer) for pattern in _RUNAWAYS):
+    if len(answer) > MAX_ANSWER_CHARS:
         return True
-    depth = nested = 0
-    closes: list[int] = []
-    for index, char in enumerate(answer):
-        if char == "^":
-            nested += 1
-            closes.append(depth)
-            if nested > MAX_NESTED_POWERS:
-                return True
-        elif char in "{(":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif char in "})":
-            depth -= 1
-        if closes and depth <= closes[-1] and char not in "^{( " and not answer[index + 1 : index + 2] == "^":
-            closes.pop()
-            nested -= 1
-    return False
+    reader = Reader(answer)
+    return bool(reader.too_large or reader.dear) or reader.unworked
+
+
+def spelled(answer: str) -> str:
+    """A normalized answer with one spelling of products and of powers: all that two towers are compared by."""
+    for written, sign in _SAME_SIGN:
+        answer = answer.replace(written, sign)
+    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", answer)
 
 
 class _Worker:
@@ -191,16 +176,28 @@ class MathGrader:
 
     def equal(self, expected: str, answer: str) -> Scored | Invalid:
         """Compare two answers that are already extracted."""
+        if len(answer) > FAR_TOO_LONG * max(MAX_ANSWER_CHARS, len(expected)):
+            return Scored(0.0, reason="answer too long to compare")
         gold, prediction = normalized(expected), normalized(answer)
         if gold == prediction:
             return Scored(1.0, reason="same text")
         if not prediction:
             return Scored(0.0, reason="empty answer")
-        if len(prediction) > max(MAX_ANSWER_CHARS, 2 * len(gold)) or (is_runaway(prediction) and not is_runaway(gold)):
-            return Scored(0.0, reason="answer too long or too large to compare")
-        if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(prediction):
-            same = gold.lstrip("+") == prediction.lstrip("+") or int(gold) == int(prediction)
-            return Scored(float(same), reason="integers compared")
+        if len(prediction) > max(MAX_ANSWER_CHARS, 2 * len(gold)):
+            return Scored(0.0, reason="answer too long to compare")
+        integers = _integer(gold), _integer(prediction)
+        if None not in integers:
+            return Scored(float(integers[0] == integers[1]), reason="integers compared")
+        wanted = Reader(expected)
+        if wanted.too_large:
+            same = spelled(gold) == spelled(prediction)
+            return Scored(float(same), reason=f"compared as texts: what is expected is {wanted.too_large}")
+        given = Reader(answer)
+        beyond = given.too_large or (given.dear if not wanted.dear else "")
+        if beyond:
+            return Scored(0.0, reason=f"answer too large to compare: {beyond}")
+        if given.unworked and not wanted.unworked:
+            return Scored(0.0, reason="a limit, integral, sum or product that is not worked out")
         return self._ask(expected.strip(), answer.strip())
 
     def _ask(self, gold: str, prediction: str) -> Scored | Invalid:
@@ -247,6 +244,12 @@ class MathGrader:
 def _end(worker: _Worker | None) -> None:
     if worker is not None:
         worker.kill()
+
+
+def _integer(answer: str) -> tuple[bool, str] | None:
+    """Sign and digits of an integer of any length, which Python would convert in quadratic time; None for others."""
+    found = _INTEGER.fullmatch(answer)
+    return (found[1] == "-" and found[2] != "0", found[2]) if found else None
 
 
 def _bare(answer: str) -> str:

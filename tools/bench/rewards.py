@@ -2,11 +2,14 @@
 
     python -m tools.bench.rewards [--json] [--submissions 2048] [--rounds 5]
 
-Ratios are medians over rounds in which both sides take turns, so that a busy machine slows both. `sandbox_vs_...`:
-executions per second at 20 tests per submission, against a bare `python -I -S` process and against a fresh bubblewrap
-(the flags of our own) with such a process, per test. `batch_seconds`: the time for all submissions of 20 tests, right,
-wrong, crashing and looping ones; a shuffled part of them is scored again by another instance and must get the same
-rewards. `math_with_pathological`: checks per second with one answer of the attack battery in a hundred, over without.
+Ratios are of sums: all seconds of one side over all of the other, in rounds in which both take turns, so that a busy
+machine slows both and one slow answer cannot hide in a median. `sandbox_vs_...`: executions per second at 20 tests per
+submission, against a bare `python -I -S` process and against a fresh bubblewrap (the flags of our own) with such a
+process, per test; the sandbox as it ships, each round with its whole life, from the first start to the last spare one.
+`batch_seconds`: the time for all submissions of 20 tests, right, wrong, crashing and looping ones; all of them are
+scored again by another instance in another order and must get the same outcomes. `math_with_pathological`: checks per
+second with one answer of the attack battery in a hundred, over without, each answer of the battery as often as the
+others; `math_slowest_seconds`: the worst of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -33,31 +35,37 @@ TESTS = 20
 SOURCE = "n = int(input())\nprint(n * n)\n"
 CORES = os.cpu_count() or 1
 THREADS = 2 * CORES  # a thread waits while its sandbox works
-SUBMISSIONS_A_ROUND, OTHERS_A_ROUND = 32, 96  # of ours, each with TESTS tests; executions of the slower ways
-MATH_CHECKS = 400
+SUBMISSIONS_A_ROUND, OTHERS_A_ROUND = 64, 96  # of ours, each with TESTS tests; executions of the slower ways
+MATH_CHECKS, HOSTILE_SHARE = 400, 100  # of a round; every so manieth is of the battery
+BATTERY_PASSES = 2
 
 
-def rate(count: int, work: Callable[[], None]) -> float:
-    """Things per second of wall time."""
+def clock(work: Callable[[], None]) -> float:
+    """Seconds of wall time."""
     started = time.perf_counter()
     work()
-    return count / (time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
-def ours(sandbox: Sandbox) -> float:
-    """Executions per second, one sandbox per submission, one fork per test."""
+def ours() -> float:
+    """Seconds of an execution: one sandbox per submission, one fork per test."""
     inputs = [str(n) for n in range(TESTS)]
 
-    def one(_: int) -> None:
-        results = sandbox.run_programs(SOURCE, inputs)
-        if [result.stdout.strip() for result in results] != [str(n * n) for n in range(TESTS)]:
-            raise SystemExit(f"the sandbox gave other answers: {results[-1]}")
+    def all_of_them() -> None:
+        with Sandbox() as sandbox:
 
-    return rate(SUBMISSIONS_A_ROUND * TESTS, lambda: _spread(one, SUBMISSIONS_A_ROUND))
+            def one(_: int) -> None:
+                results = sandbox.run_programs(SOURCE, inputs)
+                if [result.stdout.strip() for result in results] != [str(n * n) for n in range(TESTS)]:
+                    raise SystemExit(f"the sandbox gave other answers: {results[-1]}")
+
+            _spread(one, SUBMISSIONS_A_ROUND)
+
+    return clock(all_of_them) / (SUBMISSIONS_A_ROUND * TESTS)
 
 
 def a_process_each(prefix: Sequence[str]) -> float:
-    """Executions per second with a new interpreter per test, behind `prefix`."""
+    """Seconds of an execution with a new interpreter per test, behind `prefix`."""
     command = [*prefix, str(bubblewrap._python()), "-I", "-S", "-c", SOURCE]
 
     def one(n: int) -> None:
@@ -65,7 +73,7 @@ def a_process_each(prefix: Sequence[str]) -> float:
         if done.stdout.strip() != str(n * n):
             raise SystemExit(f"{command[0]} gave another answer: {done.stderr[:300]}")
 
-    return rate(OTHERS_A_ROUND, lambda: _spread(one, OTHERS_A_ROUND))
+    return clock(lambda: _spread(one, OTHERS_A_ROUND)) / OTHERS_A_ROUND
 
 
 def _spread(work: Callable[[int], None], count: int) -> None:
@@ -79,16 +87,15 @@ def bubblewrap_prefix() -> list[str]:
     return arguments[: arguments.index(str(bubblewrap._python()), arguments.index("--chdir"))]
 
 
-def execution_rates(rounds: int) -> dict[str, list[float]]:
-    """Executions per second of the three ways, round by round."""
-    found: dict[str, list[float]] = {"sandbox": [], "subprocess": [], "fresh_bubblewrap": []}
+def execution_seconds(rounds: int) -> dict[str, float]:
+    """Seconds of an execution in each of the three ways, over all rounds."""
+    found = {"sandbox": 0.0, "subprocess": 0.0, "fresh_bubblewrap": 0.0}
     prefix = bubblewrap_prefix()
-    with Sandbox(spare=THREADS) as sandbox:
-        ours(sandbox)  # the first start compiles the server
-        for _ in range(rounds):
-            found["sandbox"].append(ours(sandbox))
-            found["subprocess"].append(a_process_each(()))
-            found["fresh_bubblewrap"].append(a_process_each(prefix))
+    ours()  # the first start compiles the server
+    for _ in range(rounds):
+        found["sandbox"] += ours() / rounds
+        found["subprocess"] += a_process_each(()) / rounds
+        found["fresh_bubblewrap"] += a_process_each(prefix) / rounds
     return found
 
 
@@ -113,81 +120,89 @@ def submission(index: int) -> tuple[Task, Transcript, float]:
     return task, Transcript((Message("assistant", source),)), reward
 
 
-def score_all(indices: Sequence[int]) -> tuple[dict[int, float], float]:
-    """(reward of each submission, seconds); SystemExit when one is Invalid or wrong."""
+def score_all(indices: Sequence[int]) -> tuple[dict[int, Scored], float]:
+    """(outcome of each submission, seconds); SystemExit when one is Invalid or wrong."""
     services = domains.Services()
     domain = domains.load("code", services, {"cpu_seconds": 1.0})
 
-    def one(index: int) -> float:
+    def one(index: int) -> Scored:
         task, transcript, wanted = submission(index)
         outcome = domain.score(task, transcript)
         if isinstance(outcome, Invalid) or outcome.reward != wanted:
             raise SystemExit(f"submission {index} must get {wanted:g}: {outcome}")
-        return outcome.reward
+        return outcome
 
     started = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:
-        rewards = dict(zip(indices, pool.map(one, indices), strict=True))
+        outcomes = dict(zip(indices, pool.map(one, indices), strict=True))
     seconds = time.perf_counter() - started
     services.close()
-    return rewards, seconds
+    return outcomes, seconds
 
 
-def batch(submissions: int) -> tuple[float, int]:
-    """(seconds for all, how many were scored again in another order with the same rewards)."""
-    rewards, seconds = score_all(range(submissions))
-    again = random.Random(0).sample(range(submissions), min(submissions, max(64, submissions // 8)))
+def batch(submissions: int) -> float:
+    """Seconds for all; they are scored again in another order, and nothing may change: reward, parts and reason."""
+    outcomes, seconds = score_all(range(submissions))
+    again = random.Random(0).sample(range(submissions), submissions)
     repeated, _ = score_all(again)
-    if any(rewards[index] != reward for index, reward in repeated.items()):
-        raise SystemExit("the order of submissions changed a reward")
-    return seconds, len(again)
+    changed = [index for index in again if repeated[index] != outcomes[index]]
+    if changed:
+        one = changed[0]
+        raise SystemExit(f"another order changed {len(changed)} outcomes: {outcomes[one]} became {repeated[one]}")
+    return seconds
 
 
-def math_rate(grader: MathGrader, pathological: bool, offset: int) -> float:
-    """Checks per second of answers that need algebra; every hundredth from the attack battery where asked."""
-    hostile = list(MATH.values())
+def math_seconds(grader: MathGrader, hostile: Sequence[str]) -> tuple[float, float]:
+    """(seconds of a round of answers that need algebra, the longest of the hostile ones among them)."""
+    slowest = [0.0]
 
     def one(n: int) -> None:
         wanted = 1.0
         gold, text = f"\\frac{{{n + 1}}}{{{n + 2}}}", f"\\boxed{{\\frac{{{2 * n + 2}}}{{{2 * n + 4}}}}}"
-        if pathological and n % 100 == 50:
-            text, wanted = hostile[(offset + n // 100) % len(hostile)], 0.0
+        which = n // HOSTILE_SHARE
+        if n % HOSTILE_SHARE == HOSTILE_SHARE // 2 and which < len(hostile):
+            text, wanted = hostile[which], 0.0
+        started = time.perf_counter()
         outcome = grader.grade(gold, text)
+        if not wanted:
+            slowest.append(time.perf_counter() - started)
         if not isinstance(outcome, Scored) or outcome.reward != wanted:
             raise SystemExit(f"{text[:80]} against {gold} must get {wanted:g}: {outcome}")
 
-    return rate(MATH_CHECKS, lambda: _spread(one, MATH_CHECKS))
+    return clock(lambda: _spread(one, MATH_CHECKS)), max(slowest)
 
 
-def math_rates(rounds: int) -> dict[str, list[float]]:
-    """Checks per second without and with pathological answers, round by round; rounds go through the battery."""
-    found: dict[str, list[float]] = {"plain": [], "with_pathological": []}
+def math_totals(passes: int) -> dict[str, float]:
+    """Seconds of all rounds without and with hostile answers, rounds, and the slowest of them, over whole passes."""
+    battery = list(MATH.values()) * passes
+    share = MATH_CHECKS // HOSTILE_SHARE
+    parts = [battery[at : at + share] for at in range(0, len(battery), share)]
+    found = {"plain": 0.0, "with_pathological": 0.0, "rounds": float(len(parts)), "slowest": 0.0}
     with MathGrader(workers=CORES) as grader:
-        math_rate(grader, False, 0)  # starts the workers
-        for index in range(rounds):
-            found["plain"].append(math_rate(grader, False, 0))
-            found["with_pathological"].append(math_rate(grader, True, index * (MATH_CHECKS // 100)))
+        math_seconds(grader, ())  # starts the workers
+        for index, hostile in enumerate(parts):
+            for with_them in (index % 2 == 0, index % 2 == 1):  # neither is always the first
+                seconds, slowest = math_seconds(grader, hostile if with_them else ())
+                found["with_pathological" if with_them else "plain"] += seconds
+                found["slowest"] = max(found["slowest"], slowest)
     return found
 
 
 def measure(rounds: int, submissions: int) -> dict[str, float]:
-    """All numbers; those with `_per_second` are of this machine at this moment, the others are ratios."""
-    code, mathematics = execution_rates(rounds), math_rates(2 * rounds)
-    seconds, again = batch(submissions)
+    """All numbers; `_per_second` and `_seconds` are of this machine at this moment, the others ratios."""
+    code, mathematics = execution_seconds(rounds), math_totals(BATTERY_PASSES)
+    seconds = batch(submissions)
     return {
-        "sandbox_vs_subprocess": _ratio(code["sandbox"], code["subprocess"]),
-        "sandbox_vs_fresh_bubblewrap": _ratio(code["sandbox"], code["fresh_bubblewrap"]),
+        "sandbox_vs_subprocess": code["subprocess"] / code["sandbox"],
+        "sandbox_vs_fresh_bubblewrap": code["fresh_bubblewrap"] / code["sandbox"],
         "batch_seconds": seconds,
         "batch_submissions": submissions,
-        "batch_scored_again": again,
-        "math_with_pathological": _ratio(mathematics["with_pathological"], mathematics["plain"]),
-        "executions_per_second": statistics.median(code["sandbox"]),
-        "math_checks_per_second": statistics.median(mathematics["plain"]),
+        "batch_scored_again": submissions,
+        "math_with_pathological": mathematics["plain"] / mathematics["with_pathological"],
+        "math_slowest_seconds": mathematics["slowest"],
+        "executions_per_second": 1 / code["sandbox"],
+        "math_checks_per_second": MATH_CHECKS * mathematics["rounds"] / mathematics["plain"],
     }
-
-
-def _ratio(ours_R: Sequence[float], others_R: Sequence[float]) -> float:
-    return statistics.median(own / other for own, other in zip(ours_R, others_R, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

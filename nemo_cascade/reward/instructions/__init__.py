@@ -1,10 +1,10 @@
-"""Did the answer follow its instructions? The 25 checks of IFEval, the open-instruct training constraints and 56 of the
+"""Did the answer follow its instructions? The 25 checks of IFEval, the open-instruct training constraints and 57 of the
 58 checks of IFBench, under their public ids.
 
 Offline and deterministic: words and sentences by regular expression, no download, no language model but py3langid to
-tell languages. An id or argument that is not understood raises `Unsupported`; it never counts as followed (a checker
-that passes what it does not know is a reward leak). A rule on every sentence, bullet or line asks for at least one of
-them, or an answer without any would follow it.
+tell languages, and syllapy's word list to count syllables. An id or argument that is not understood raises
+`Unsupported`; it never counts as followed (a checker that passes what it does not know is a reward leak). A rule on
+every sentence, bullet or line asks for at least one of them, or an answer without any would follow it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,21 @@
 """IFBench's `words:*`, `sentence:*` and `repeat:*`: which words stand where, and what of the request comes back.
 
-Not here: `words:start_verb` needs a part-of-speech tagger, `words:odd_even_syllables` a pronouncing dictionary.
+Not here: `words:start_verb`, which needs a part-of-speech tagger. Syllables are counted by syllapy, as in IFBench: a
+dictionary of some thousand words, and a rule on vowels for the others.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from nemo_cascade.reward.instructions.text import (
     Arguments,
+    Unsupported,
     bare_words,
     integer,
     sentences,
@@ -89,6 +94,21 @@ def _at(found: list[str], sentence: int, word: int, keyword: str) -> bool:
     return 0 < word <= len(inside) and inside[word - 1].lower() == keyword.strip().lower()
 
 
+def odd_even_syllables(arguments: Arguments, prompt: str, text: str) -> bool:
+    """Words of an odd and of an even number of syllables alternate."""
+    odd = [_syllables()(word) % 2 for word in bare_words(text)]
+    return bool(odd) and all(left != right for left, right in itertools.pairwise(odd))
+
+
+@functools.cache
+def _syllables() -> Callable[[str], int]:
+    if importlib.util.find_spec("syllapy") is None:
+        raise Unsupported("counting syllables needs syllapy, which is not installed; run `pip install syllapy==0.8.0`")
+    from syllapy import count
+
+    return count
+
+
 def words_position(arguments: Arguments, prompt: str, text: str) -> bool:
     """The second word and the last but one are the keyword."""
     found, keyword = words(text.lower()), string(arguments, "keyword").strip().lower()
@@ -147,6 +167,7 @@ CHECKS = {
     "words:no_consecutive": no_consecutive,
     "words:keywords_specific_position": keywords_specific_position,
     "words:words_position": words_position,
+    "words:odd_even_syllables": odd_even_syllables,
     "sentence:alliteration_increment": alliteration_increment,
     "sentence:keyword": sentence_keyword,
     "sentence:increment": increment,

@@ -1,6 +1,5 @@
 """Code: hidden tests in the sandbox decide; examples shown, exit statuses and claims do not."""
 
-import gzip
 import json
 import os
 from pathlib import Path
@@ -8,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.domains import Services
-from nemo_cascade.domains.code import Code, apply_rule, extract_code
+from nemo_cascade.domains.code import Code, apply_rule, extract_code, same_lines, same_tokens
 from nemo_cascade.reward.compiled import LANGUAGES, Language
 from nemo_cascade.reward.sandbox import Limits
 from nemo_cascade.types import Invalid, Message, Transcript, UserError
+from tools.public_rows import OPTIONS, check_humaneval, humaneval_rows
 
 
 @pytest.fixture(scope="module")
@@ -98,43 +98,20 @@ def test_broken_rows_name_the_field(domain):
         Code(None, {"compare": "words"})
 
 
-def humaneval(domain):
-    rows = [json.loads(line) for line in gzip.open(data() / "HumanEval.jsonl.gz")]
+def test_humaneval_reference_solutions_pass_and_mutants_of_them_fail(domain):
+    rows = humaneval_rows(data())
     assert len(rows) == 164
-    return [(domain.parse_row(row, f"rows:{number}"), row) for number, row in enumerate(rows)]
-
-
-def solved(row):
-    return answer(f"```python\n{row['prompt']}{row['canonical_solution']}```")
-
-
-def broken(row):
-    """The reference solution under another name, wrapped so that it computes and then gives the wrong value away."""
-    entry = row["entry_point"]
-    wrapper = (
-        f"__right = {entry}\n"
-        f"def {entry}(*given, **named):\n"
-        "    value = __right(*given, **named)\n"
-        "    return (not value) if isinstance(value, bool) else [value]\n"
-    )
-    return answer(f"```python\n{row['prompt']}{row['canonical_solution']}\n{wrapper}```")
-
-
-def test_humaneval_reference_solutions_pass_and_broken_ones_fail(domain):
-    for task, row in humaneval(domain)[:8]:
-        assert task.id == row["task_id"]
-        assert domain.score(task, solved(row)).reward == 1.0, task.id
-        assert domain.score(task, broken(row)).reward == 0.0, task.id
+    checked = check_humaneval(rows[:6], domain)
+    assert [one.problem for one in checked if one.problem] == []
+    assert [one.name for one in checked] == [row["task_id"] for row in rows[:6]]
 
 
 @pytest.mark.slow
-def test_all_of_humaneval(domain):
-    """164 reference solutions pass, 164 broken ones fail."""
-    tasks = humaneval(domain)
-    right = [domain.score(task, solved(row)) for task, row in tasks]
-    wrong = [domain.score(task, broken(row)) for task, row in tasks]
-    assert [task.id for (task, _), outcome in zip(tasks, right, strict=True) if outcome.reward != 1.0] == []
-    assert [task.id for (task, _), outcome in zip(tasks, wrong, strict=True) if outcome.reward != 0.0] == []
+def test_all_of_humaneval(services):
+    """164 reference solutions pass, 164 mutants of them, which the tests are known to notice, fail."""
+    checked = check_humaneval(humaneval_rows(data()), Code(services, OPTIONS))
+    assert len(checked) == 164
+    assert [one.problem for one in checked if one.problem] == []
 
 
 CPP = """
@@ -182,8 +159,42 @@ def test_languages_of_rows_are_checked(domain, monkeypatch):
     assert isinstance(outcome, Invalid) and "install g++" in outcome.reason
 
 
+@pytest.mark.parametrize(
+    ("printed", "wanted", "lines", "tokens"),
+    [
+        ("7\n", "7", True, True),
+        ("\n 1 2 \n3\n\n", "1 2\n 3", True, True),
+        ("1.50 2\n", "1.5  2.0", True, False),
+        ("1e3", "1000", True, False),
+        ("a  b", "a b", False, True),
+        ("1\n\n2", "1\n2", False, True),
+        ("1 2 3", "1\n2\n3", False, True),
+        ("1 2", "1 2 3", False, False),
+        ("0.1", "0.10000001", False, False),
+        ("NaN", "nan", False, False),
+        ("sNaN", "1", False, False),
+        ("NaN", "NaN", True, True),
+        ("1" * 5000, "1" * 5000 + ".0", True, False),
+        ("1" * (1 << 21), "1", False, False),
+        ("yes", "YES", False, False),
+        ("", "", True, True),
+    ],
+)
+def test_output_is_compared_as_livecodebench_does(printed, wanted, lines, tokens):
+    assert same_lines(printed, wanted) is lines
+    assert same_tokens(printed, wanted) is tokens
+
+
+def test_layout_counts_unless_tokens_are_asked_for(services):
+    row = {"unit_tests": {"inputs": ["1 2"], "outputs": ["1\n2"]},
+           "responses_create_params": {"input": [{"role": "user", "content": "One a line."}]}}  # fmt: skip
+    for options, reward in (({}, 0.0), ({"compare": "lines"}, 0.0), ({"compare": "tokens"}, 1.0)):
+        domain = Code(services, options)
+        assert domain.score(domain.parse_row(row, "rows:1"), answer("print(input())")).reward == reward
+
+
 def test_line_comparison_gives_the_rewards_that_nemo_gym_recorded(services):
-    domain = Code(services, {"compare": "lines", "max_tests": 100})
+    domain = Code(services, {"max_tests": 100})
     folder = data() / "gym"
     rows = [json.loads(line) for line in (folder / "code_gen.example.jsonl").open()]
     rollouts = [json.loads(line) for line in (folder / "code_gen.example_rollouts.jsonl").open()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import string
 import time
@@ -117,6 +118,8 @@ CASES: list[tuple[str, dict[str, Json], str, tuple[str, ...]]] = [
         QUESTIONS,
         ("Sure.\n" + QUESTIONS, QUESTIONS.replace("E) e", "", 1), QUESTIONS.replace("Why?\n", "Why??????\n")),
     ),
+    ("words:odd_even_syllables", {}, "One apple, then water.", ("One apple water", "cat dog", "...")),
+    ("words:odd_even_syllables", {}, "hidden in water", ("A one", "The poem apple")),
     (
         "custom:reverse_newline",
         {},
@@ -151,12 +154,21 @@ def test_follows_and_misses(name: str, arguments: dict[str, Json], good: str, ba
         assert check(name, arguments, "", text) is False, text
 
 
-def test_56_of_58_ids_are_there_and_the_others_are_unsupported() -> None:
+def test_57_of_58_ids_are_there_and_the_other_is_unsupported() -> None:
     assert {case[0] for case in CASES} == set(BENCH)
-    assert len(BENCH) == 56
-    for name in ("words:start_verb", "words:odd_even_syllables"):
-        with pytest.raises(Unsupported, match="has no checker"):
-            check(name, {}, "", "Go on")
+    assert len(BENCH) == 57
+    with pytest.raises(Unsupported, match="has no checker"):
+        check("words:start_verb", {}, "", "Go on")
+
+
+def test_syllables_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    bench_words._syllables.cache_clear()
+    outcome = grade(["words:odd_even_syllables"], [None], "", "one apple")
+    assert isinstance(outcome, Invalid)
+    assert "pip install syllapy==0.8.0" in outcome.reason
+    monkeypatch.undo()
+    bench_words._syllables.cache_clear()
 
 
 def test_missing_arguments_are_never_a_pass() -> None:

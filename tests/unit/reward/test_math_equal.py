@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cascade.cascade.attacks.answers import MATH
 from nemo_cascade.reward.math_equal import MathGrader, extract_boxed, is_runaway, normalized
 from nemo_cascade.types import Invalid, Scored
 
@@ -72,19 +73,105 @@ def test_no_box_no_reward(grader: MathGrader) -> None:
     assert grader.grade("37", "37") == Scored(0.0, reason="no boxed answer")
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "(123456789)!", "9^9^9", "1" * 500, "2^{100000}", "5!!"])
+TOWERS = (
+    *("9^{9^{9^{9}}}", "(123456789)!", "9^9^9", "1" * 500, "2^{100000}", "10!!", "99^{9999}", r"\sin(99^{9999})"),
+    *("(x+1)^{999}", "(x+y)^{99}", "10^{10^{10}}", "9" + "\u2079" * 6, "1E99999999", r"{10^9 \choose 10^8}"),
+    *("7^{99 999 999}", "(99999999)_{9}", r"\binom{1/2}{10^{20}}", "x^{10^{300}}^{10^{300}}(x+y)^{99}"),
+    *(r"\sum_{k=1}^{9} k", r"\intx^xdx", r"\frac{x^{9999}-1}{x-1}", "(n+50)!"),
+)
+
+
+@pytest.mark.parametrize("answer", TOWERS)
 def test_towers_are_refused_before_any_algebra(answer: str) -> None:
     assert is_runaway(answer)
-    outcome = MathGrader().grade("3", f"\\boxed{{{answer}}}")
+    grader = MathGrader()
+    outcome = grader.grade("3", f"\\boxed{{{answer}}}")
     assert isinstance(outcome, Scored)
     assert outcome.reward == 0.0
+    assert list(grader._slots.queue) == [None, None], "no worker was started"
 
 
 @pytest.mark.parametrize(
-    "answer", ["x^2+y^2", "2^{10}", "(x+1)^2(x-1)^3", "10!", r"\frac{x^2}{y^3}", "e^{x}+e^{-x}", r"\sqrt[3]{2}^2"]
+    "answer",
+    [
+        *("x^2+y^2", "2^{10}", "(x+1)^2(x-1)^3", "10!", r"\frac{x^2}{y^3}", "e^{x}+e^{-x}", r"\sqrt[3]{2}^2"),
+        *("2^{100}", "10^{50}", "1000!", "2024^{2023}-1", "(x+1)^5", "2^{2^{10}}", "e^{x^2}", "x^{2024}-1"),
+        *(r"\binom{2024}{1012}", r"\frac{2023!}{2^{1011}1011!}", "(x-1)(x-2)(x-3)(x-4)(x-5)(x-6)(x-7)(x-8)"),
+        *(r"\frac{-b\pm\sqrt{b^2-4ac}}{2a}", r"\frac{(2n)!}{n!(n+1)!}", r"\frac{x^{n+1}-1}{x-1}", "6.02e23"),
+        *(r"1+\frac{1}{2+\frac{1}{3+\frac{1}{4+\frac{1}{5}}}}", r"\sqrt{2+\sqrt{2+\sqrt{2+\sqrt{2}}}}", "60^\\circ"),
+        *(r"\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}", r"\sin^2\theta+\cos^4\theta", r"\frac{1}{1+\sqrt{2}+\sqrt{3}}"),
+        *(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"(-\infty,2)\cup(3,\infty)", r"\{1,2,3,5,7,11,13,17,19,23,29\}"),
+    ],
 )
-def test_ordinary_powers_are_compared(answer: str) -> None:
+def test_ordinary_answers_are_compared(answer: str) -> None:
     assert not is_runaway(answer)
+
+
+def test_values_at_a_point_tell_expressions_apart_before_they_are_simplified() -> None:
+    """Only where math-verify could not call them equal: never for texts, symbols, sets, relations and percentages."""
+    from nemo_cascade.reward.math_worker import _parse, differ
+
+    def apart(wanted: str, given: str) -> bool:
+        return differ(_parse(wanted)[0], _parse(given)[0])
+
+    for wanted, given in (("42", "(x+1)^{99}"), ("x^2", "x^3"), (r"\sin(5)", r"\sqrt2"), ("2^{99}", "2^{99}-7^{50}")):
+        assert apart(wanted, given), given
+    for wanted, given in (
+        *(("x+1", r"\frac{x^2+x}{x}"), ("0.333333", r"\frac{1}{3}"), ("10^{50}", "10^{50}+1"), ("9", r"9\%")),
+        *(("1", "(10^{500}+1)-10^{500}"), ("x", "y"), ("1", r"\int_0^1 2 dx"), ("f(x)", "f(x)+1"), (r"\{1,2\}", "3")),
+        *(("x=5", "6"), ("x<1", "x<2"), (r"\infty", "5"), (r"\begin{pmatrix}1\end{pmatrix}", "2")),
+    ):
+        assert not apart(wanted, given), given
+
+
+def test_an_expected_tower_is_compared_as_text() -> None:
+    """Nobody works it out: not for the answer that spells it alike, and not for another one."""
+    grader = MathGrader()
+    for answer, reward in (
+        ("9^{9^{9^{9}}}", 1.0),
+        (r"\left( 9^{9^{9^9}} \right)", 0.0),
+        (r" 9 ^ { 9^{9^9} }", 1.0),
+        ("9**{9^{9^9}}", 1.0),
+        ("9^{9^{9^{8}}}", 0.0),
+        ("42", 0.0),
+        (r"\frac{1}{2}", 0.0),
+    ):
+        outcome = grader.equal("9^{9^{9^{9}}}", answer)
+        assert isinstance(outcome, Scored)
+        assert outcome.reward == reward, f"{answer}: {outcome.reason}"
+    assert grader.equal(r"2\cdot 9^{99999}-1", r"2\times9^{99999}-1").reward == 1.0
+    assert list(grader._slots.queue) == [None, None], "no worker was started"
+
+
+def test_large_numbers_are_compared_up_to_their_bound(grader: MathGrader) -> None:
+    for expected, answer, reward in (
+        ("2024^{2023}-1", "-1+2024^{2023}", 1.0),
+        ("2024^{2023}-1", "1-2024^{2023}", 0.0),
+        ("1000!", r"1000 \cdot 999!", 1.0),
+        ("x^{2024}-1", "(x^{1012}-1)(x^{1012}+1)", 1.0),
+        (r"\frac{(1+\sqrt5)^{60}-(1-\sqrt5)^{60}}{2^{60}\sqrt5}", "1548008755920", 1.0),
+        (r"\frac{(1+\sqrt5)^{60}-(1-\sqrt5)^{60}}{2^{60}\sqrt5}", "1548008755921", 0.0),
+        ("(x+1)^{2023}", "(1+x)^{2023}", 1.0),
+        ("(x+1)^{2023}", "(2+x)^{2023}", 0.0),
+        ("1" * 5000, "1" * 4999 + "2", 0.0),
+        ("1" * 5000, "0" + "1" * 5000, 1.0),
+        ("0", "-0", 1.0),
+        ("-7", "+7", 0.0),
+    ):
+        outcome = grader.equal(expected, answer)
+        assert isinstance(outcome, Scored)
+        assert outcome.reward == reward, f"{expected[:20]} {answer[:20]}: {outcome.reason}"
+
+
+def test_no_attack_of_the_battery_uses_up_a_worker(grader: MathGrader) -> None:
+    """What the guard lets through is compared within the allowance: one answer costs nobody a new worker."""
+    assert grader.equal("1/2", "0.5").reward == 1.0
+    worker = grader._slots.queue[0]
+    for name, text in MATH.items():
+        outcome = grader.grade("42", text)
+        assert isinstance(outcome, Scored), name
+        assert outcome.reward == 0.0, name
+    assert grader._slots.queue[0] is worker
 
 
 def test_a_runaway_comparison_is_wrong_not_invalid_and_the_next_one_works(grader: MathGrader) -> None:

@@ -12,6 +12,7 @@ from tools.gym_agreement import EXPLANATIONS, PAGE, Line, compare, page, problem
 
 SAME = Line("mcqa", 0, 1.0, 1.0, "chose E")
 OTHER = Line("mcqa", 1, 0.0, 1.0, "chose A")
+JUDGED = Line("equivalence_llm_judge", 4, 1.0, 0.0, "wanted 'darwin'")
 UNGRADED = Line("swerl_gen", 0, 1.0, None, "no image")
 
 
@@ -24,8 +25,9 @@ def test_a_difference_needs_an_explanation_and_an_explanation_a_difference() -> 
 
 
 def test_the_page_counts_only_what_can_be_compared() -> None:
-    text = page([SAME, OTHER, UNGRADED], {("mcqa", 1): "a | in a cell"})
-    assert "1 of 2 recorded rewards are ours, too; the other 1 are explained below. 1 recordings" in text
+    text = page([SAME, OTHER, JUDGED, UNGRADED], {("mcqa", 1): "a | in a cell"})
+    assert "1 of 2 recorded rewards that need neither a judge nor a container image are ours, too (50 %)." in text
+    assert "Of 1 that a judge gave, 0 are what equal texts give. 1 recordings have nothing to compare." in text
     assert "| mcqa | 1 | 0 | 1 | no | chose A | a \\| in a cell |" in text
     assert "| swerl_gen | 0 | 1 | - | - | no image |  |" in text
     assert "- `swerl_gen`: the repositories" in text
@@ -48,4 +50,5 @@ def test_every_recorded_reward_is_ours_or_explained() -> None:
     lines = compare(released_data())
     assert problems(lines, EXPLANATIONS) == []
     assert len([line for line in lines if line.compared]) == 38
+    assert [(line.name, line.index) for line in lines if not line.agrees] == [("equivalence_llm_judge", 4)]
     assert PAGE.read_text(encoding="utf-8") == page(lines, EXPLANATIONS), "run python -m tools.gym_agreement --write"
