@@ -267,7 +267,8 @@ def evaluate(options: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
         **({"domains": names} if names else {}),
     )
-    cells = _weights().evaluate_folder(options.checkpoint, config, judge=cascade.equivalence_judge)
+    named = {"judge": cascade.equivalence_judge, "repair_judge": cascade.repair_judge}
+    cells = _weights().evaluate_folder(options.checkpoint, config, **named)
     rows = [
         {"domain": domain, "mode": mode, "score": cell.value, "ci_low": cell.low, "ci_high": cell.high, "n": cell.n}
         for (domain, _, mode), cell in cells.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_cascade import domains
 from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
-from nemo_cascade.cascade.judges import check_judges
+from nemo_cascade.cascade.judges import KEYS, check_judges
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
@@ -253,7 +253,8 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             problem = _unrecorded(stage)
             if problem:
                 yield f"{origin}: key 'rollouts': {problem}"
-        for key, judge in (("judge", stage.judge), ("equivalence_judge", stage.equivalence_judge)):
+        for key in KEYS:
+            judge = getattr(stage, key)
             folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
             if folder is not None and not (folder / "config.json").is_file():
                 yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"

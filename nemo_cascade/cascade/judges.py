@@ -10,8 +10,10 @@ from nemo_cascade.config.schema import EvaluationConfig, RolloutStage, StageBase
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.types import UserError
 
-PREFERENCE, EQUIVALENCE = "judge", "equivalence_judge"
-"""Keys of a stage file: who compares a group's answers, and who compares an answer with the expected one."""
+PREFERENCE, EQUIVALENCE, REPAIR = KEYS = ("judge", "equivalence_judge", "repair_judge")
+"""Keys of a stage file: who compares a group's answers, who compares an answer with the expected one, and who says
+whether a patch resolves its issue.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ def asked_in_training(stage: StageBase) -> list[Asked]:
         found.append(Asked(PREFERENCE, "groups of domain 'preference' are compared by a judge"))
     if _graded("long_context", stage.data.files, stage.data.options):
         found.append(_equivalence("data"))
+    if "swe_agentless" in stage.data.domains:
+        found += _repairs("data", bool(stage.data.files.get("swe_agentless")), stage.data.options)
     return found
 
 
@@ -43,13 +47,16 @@ def asked_in_evaluation(evaluation: EvaluationConfig | None) -> list[Asked]:
     measured = evaluation.report > 0 and "long_context" in evaluation.domains
     if measured and _graded("long_context", evaluation.files, evaluation.options):
         found.append(_equivalence("evaluation"))
+    if "swe_agentless" in evaluation.domains:
+        rows = evaluation.report > 0 and bool(evaluation.files.get("swe_agentless"))
+        found += _repairs("evaluation", rows, evaluation.options)
     return found
 
 
 def _outside(domains: Iterable[str]) -> list[Asked]:
     """Nobody knows what a domain of the user's own asks, so it gets every judge that is configured."""
     own = [domain for domain in domains if ":" in domain]
-    return [Asked(key, f"{own[0]} may ask it", required=False) for key in (PREFERENCE, EQUIVALENCE)] if own else []
+    return [Asked(key, f"{own[0]} may ask it", required=False) for key in KEYS] if own else []
 
 
 def _graded(domain: str, files: Mapping[str, Collection[str]], options: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -62,6 +69,18 @@ def _equivalence(section: str) -> Asked:
         f"rows of {section}.files.long_context are graded by a judge ({section}.options.long_context.grading: exact "
         "compares texts instead)",
     )
+
+
+def _repairs(section: str, rows: bool, options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
+    """The judge of patches: of all with `reward: judge`, of rows without their image with `without_image: judge`."""
+    own = options.get("swe_agentless", {})
+    reward = own.get("reward", "execution")
+    if reward == "judge":
+        return [Asked(REPAIR, f"{section}.options.swe_agentless.reward is judge: a model judges patches")]
+    if rows and reward == "execution" and own.get("without_image") == "judge":
+        why = f"{section}.options.swe_agentless.without_image is judge: a model judges patches that cannot run here"
+        return [Asked(REPAIR, why)]
+    return []
 
 
 def configured(stage: StageBase, asked: Iterable[Asked]) -> dict[str, JudgeAddress]:

@@ -105,6 +105,14 @@ class EquivalenceJudgeConfig(JudgeAddress):
 
 
 @dataclass
+class RepairJudgeConfig(JudgeAddress):
+    """The judge that says whether a patch resolves its issue (agentless repair, section 4.8.1)."""
+
+    def __post_init__(self) -> None:
+        self.check_address("repair_judge")
+
+
+@dataclass
 class JudgeConfig(JudgeAddress):
     """The preference judge of a group's answers, with the terms that section 5.4 adds to its scores."""
 

@@ -48,6 +48,7 @@ class Services:
     sandbox: Sandbox | None = None
     preference_judge: PreferenceJudge | None = None
     equivalence_judge: Judge | None = None
+    repair_judge: Judge | None = None
 
     def math_grader(self) -> MathGrader:
         """The process pool that decides whether two expressions are equal."""
@@ -112,6 +113,14 @@ class SingleTurn(ABC):
     def begin(self, task: Task) -> NoReply:
         """An environment that says nothing."""
         return NoReply()
+
+    def parse_rows(self, row: Mapping[str, Json], row_id: str) -> list[Task]:
+        """The tasks that a row makes: one, in most domains. `FileTasks` asks for these."""
+        return [self.parse_row(row, row_id)]
+
+    @abstractmethod
+    def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
+        """A released NeMo-Gym row as a Task; UserError names the broken field."""
 
     @abstractmethod
     def score(self, task: Task, transcript: Transcript) -> Outcome:

@@ -36,6 +36,7 @@ METRICS: dict[str, Metric] = {
     ),
     "refills": Metric("how often the step asked for more tasks, because groups were dropped", how="sum"),
     "prompts_dropped": Metric("prompts over sampling.max_prompt_tokens, since the process began", how="max"),
+    "prompts_too_short": Metric("prompts under their domain's min_prompt_tokens, since the process began", how="max"),
     "tokens": Metric("tokens sampled, those of dropped groups included (sft: tokens trained)", "tokens", how="sum"),
     "packed_tokens": Metric("tokens the Learner read, prompts included", "tokens", how="sum"),
     "length": Metric("mean sampled tokens per rollout", "tokens", weight="rollouts"),
