@@ -1,0 +1,233 @@
+"""The scripts that `swerl_gen` rows carry, run in a container that holds their repository at its base commit.
+
+A patch (mode `eval`): applied to the base but for tests and their settings; `setup_script` puts the row's tests in
+place, `test_script` runs pytest with `-rA`, and its summary must call every FAIL_TO_PASS and PASS_TO_PASS test passed.
+A script that shows the fault (mode `repro-gen`): after `regression_script`, the tests of the base commit, it must end
+with status 2 on the base and with 0 on the base with the known repair.
+
+Tests share their process with the code they test, which can forge the summary. So a patch that passes runs once more,
+in another container, against tests of which one expectation is wrong (`control_tests.py`); they must not pass. Not
+covered: code that knows which expectation is wrong, tests that are no Python functions, and scripts of mode `repro-gen`
+that recognise the repair instead of its effect.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from nemo_cascade.data.repair_prompts import changed_paths, is_test
+from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.search_replace import solution_part, unified_diff
+from nemo_cascade.types import Invalid, Json, Outcome, Scored
+
+OUTPUT_BYTES = 16 << 20
+GIT_SECONDS = 60.0
+SCRIPT = "/tmp/row_script.sh"
+REPRODUCTION = "reproduce_bug_1.py"
+SETTINGS = frozenset((
+    *("conftest.py", "sitecustomize.py", "usercustomize.py", "setup.cfg", "pyproject.toml", "tox.ini"),
+    *("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"),
+))  # fmt: skip
+"""Files that decide how tests run: a patch may change them, and its tests run without that."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_HEADER = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
+_LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
+_WORST = ("PASSED", "XFAIL", "XPASS", "FAILED", "ERROR")
+_FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+class Ran(Protocol):
+    """What became of a command; `code` is None when its time ran out."""
+
+    @property
+    def code(self) -> int | None:
+        """The exit status."""
+
+    @property
+    def stdout(self) -> bytes:
+        """Standard output, cut at the asked number of bytes."""
+
+    @property
+    def stderr(self) -> bytes:
+        """Standard error, cut likewise."""
+
+
+class Container(Protocol):
+    """A started container; commands run in the folder of its repository. What a runtime gives has this shape."""
+
+    def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
+        """Run a command."""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Create or replace a file."""
+
+    def stop(self) -> None:
+        """End it and everything in it."""
+
+
+Start = Callable[[], Container]
+"""A fresh container with the repository at its base commit."""
+
+
+@dataclass(frozen=True)
+class _Failed(Exception):
+    """Why there is no summary. `ours`: the row or the machine is at fault, or time ran out; else the patch is."""
+
+    reason: str
+    ours: bool
+
+
+def grade_repair(
+    start: Start, truth: Mapping[str, Json], files: Mapping[str, str], patched: Mapping[str, str], seconds: float
+) -> Outcome:
+    """The reward of a patch: 1 when all tests of the row pass, else 0; Invalid where the tests could not be asked.
+
+    `files` and `patched` are the shown files before and after the answer. Each of at most two runs of a script may take
+    `seconds`.
+    """
+    kept = _without_settings(truth, files, patched)
+    if kept == dict(files):
+        return _zero("nothing but tests and their settings changed")
+    wanted = {key: [str(test) for test in truth[key]] for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+    if not wanted["FAIL_TO_PASS"] or not truth.get("setup_script") or not truth.get("test_script"):
+        return Invalid(f"{truth['instance_id']}: the row has no FAIL_TO_PASS, setup_script or test_script; drop it")
+    diff = unified_diff(files, kept)
+    try:
+        statuses, texts = _tested(start, truth, diff, seconds, {})
+        outcome = judged(wanted, statuses)
+        changed, ids = controls(texts, list(dict.fromkeys(test.partition("[")[0] for test in wanted["FAIL_TO_PASS"])))
+        if outcome.reward == 0.0 or not ids:
+            return outcome
+        again, _ = _tested(start, truth, diff, seconds, changed)
+    except _Failed as failed:
+        return Invalid(f"{truth['instance_id']}: {failed.reason}") if failed.ours else _zero(failed.reason)
+    forged = next((test for test, status in again.items() if status == "PASSED" and test.partition("[")[0] in ids), "")
+    return _zero(f"{forged}: passes with a wrong expectation, too") if forged else outcome
+
+
+def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, seconds: float) -> Outcome:
+    """The reward of a script: 1 when it ends with status 2 before and 0 after the known repair, else 0."""
+    fences = _FENCE.findall(solution_part(content))
+    if not fences:
+        return Scored(0.0, {}, "no script in a code fence")
+    if not truth.get("regression_script"):
+        return Invalid(f"{truth['instance_id']}: the row has no regression_script; drop it")
+    codes: list[int] = []
+    for patch in ("", str(truth["patch"])):
+        try:
+            with _running(start, truth, patch) as container:
+                container.write(REPRODUCTION, fences[-1].encode("utf-8", "replace"))
+                script = f"{truth['regression_script']}\ntimeout -s KILL {seconds:g} python {REPRODUCTION}\n"
+                ran = _script(container, script, 2.0 * seconds)
+        except _Failed as failed:
+            return Invalid(f"{truth['instance_id']}: {failed.reason}")
+        if ran.code is None:
+            return Invalid(f"{truth['instance_id']}: regression_script did not end within {seconds:g} s")
+        codes.append(ran.code)
+    parts = {"before": float(codes[0]), "after": float(codes[1])}
+    return Scored(float(codes == [2, 0]), parts, f"status {codes[0]} before the repair and {codes[1]} after")
+
+
+def judged(wanted: Mapping[str, Sequence[str]], statuses: Mapping[str, str]) -> Scored:
+    """A summary against what the row expects. An expected failure passes among PASS_TO_PASS, as in SWE-bench; among
+    FAIL_TO_PASS it does not, because the code under test can call pytest.xfail().
+    """
+    parts, failed = {}, ""
+    for key, passing in (("FAIL_TO_PASS", ("PASSED",)), ("PASS_TO_PASS", ("PASSED", "XFAIL"))):
+        wrong = [test for test in wanted[key] if _status(test, statuses) not in passing]
+        parts[key.lower()] = 1.0 - len(wrong) / len(wanted[key]) if wanted[key] else 1.0
+        failed = failed or next((f"{test}: {_status(test, statuses) or 'no result'}" for test in wrong), "")
+    return Scored(float(not failed), parts, failed[:200] or "all tests pass")
+
+
+def read_summary(log: str) -> dict[str, str]:
+    """Test id -> status from the last summary of a `pytest -rA` log; the worst one for an id that comes twice."""
+    headers = list(_HEADER.finditer(log := _ANSI.sub("", log)))
+    statuses: dict[str, str] = {}
+    for status, rest in _LINE.findall(log[headers[-1].end() :]) if headers else []:
+        test = rest.partition(" - ")[0].strip()
+        statuses[test] = max(status, statuses.get(test, status), key=_WORST.index)
+    return statuses
+
+
+def _status(test: str, statuses: Mapping[str, str]) -> str:
+    """A test's status, "" without one. Rows cut ids at their first blank; such an id stands for all that begin so."""
+    if test in statuses:
+        return statuses[test]
+    alike = [status for name, status in statuses.items() if name.partition(" ")[0] == test]
+    return max(alike, key=_WORST.index, default="")
+
+
+def _without_settings(
+    truth: Mapping[str, Json], files: Mapping[str, str], patched: Mapping[str, str]
+) -> dict[str, str]:
+    """The patched files, with those that decide how they are tested as they were."""
+    try:
+        tests = set(changed_paths(str(truth.get("test_patch", ""))))
+    except ValueError:
+        tests = set()
+    kept = {}
+    for path in {**files, **patched}:
+        name = PurePosixPath(path).name
+        held = path in tests or is_test(path) or name in SETTINGS or name.endswith(".pth")
+        source = files if held else patched
+        if path in source:
+            kept[path] = source[path]
+    return kept
+
+
+def _zero(reason: str) -> Scored:
+    return Scored(0.0, {"fail_to_pass": 0.0, "pass_to_pass": 0.0}, reason[:200])
+
+
+def _tested(
+    start: Start, truth: Mapping[str, Json], diff: str, seconds: float, changed: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(the statuses of the row's tests with a patch and with these test files, the texts of the test files)."""
+    with _running(start, truth, diff) as container:
+        ready = _script(container, str(truth["setup_script"]), seconds)
+        if ready.code != 0:
+            raise _Failed("setup_script fails with this patch only", not _sets_up(start, truth, seconds))
+        texts = {}
+        for path in dict.fromkeys(str(test).partition("::")[0] for test in truth["FAIL_TO_PASS"]):
+            shown = container.run(["cat", "--", path], GIT_SECONDS, b"", OUTPUT_BYTES)
+            if shown.code == 0:
+                texts[path] = shown.stdout.decode("utf-8", "replace")
+        for path, text in changed.items():
+            container.write(path, text.encode("utf-8", "replace"))
+        ran = _script(container, str(truth["test_script"]), seconds)
+    if ran.code is None:
+        raise _Failed(f"the tests did not end within {seconds:g} s", ours=True)
+    return read_summary(ran.stdout.decode("utf-8", "replace")), texts
+
+
+def _sets_up(start: Start, truth: Mapping[str, Json], seconds: float) -> bool:
+    """Whether setup_script works without a patch: then it was the patch that broke it."""
+    with _running(start, truth, "") as container:
+        return _script(container, str(truth["setup_script"]), seconds).code == 0
+
+
+@contextmanager
+def _running(start: Start, truth: Mapping[str, Json], diff: str) -> Iterator[Container]:
+    """A fresh container with a patch applied."""
+    container = start()
+    try:
+        if diff:
+            apply = ["git", "-c", "core.hooksPath=/dev/null", "apply", "--whitespace=nowarn", "-"]
+            done = container.run(apply, GIT_SECONDS, diff.encode("utf-8", "surrogateescape"))
+            if done.code != 0:
+                said = " ".join(done.stderr.decode("utf-8", "replace").split())[-150:]
+                raise _Failed(f"the shown files are not those of the image: {said}", ours=True)
+        yield container
+    finally:
+        container.stop()
+
+
+def _script(container: Container, script: str, seconds: float) -> Ran:
+    container.write(SCRIPT, script.encode("utf-8", "replace"))
+    return container.run(["bash", SCRIPT], seconds, b"", OUTPUT_BYTES)
