@@ -256,6 +256,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Score one checkpoint on the report tasks, as a cascade would."""
     import dataclasses
 
+    from nemo_cascade.cascade import judges
+
     given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     names = [name for name in options.domains.split(",") if name]
     cascade = load_cascade(options.cascade).cascade
@@ -267,8 +269,7 @@ def evaluate(options: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
         **({"domains": names} if names else {}),
     )
-    named = {"judge": cascade.equivalence_judge, "repair_judge": cascade.repair_judge}
-    cells = _weights().evaluate_folder(options.checkpoint, config, **named)
+    cells = _weights().evaluate_folder(options.checkpoint, config, **judges.for_evaluation(config, cascade))
     rows = [
         {"domain": domain, "mode": mode, "score": cell.value, "ci_low": cell.low, "ci_high": cell.high, "n": cell.n}
         for (domain, _, mode), cell in cells.items()
@@ -277,8 +278,8 @@ def evaluate(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     for row in rows:
-        interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        print(f"{row['domain']:24} {row['mode']:9} {row['score']:.3f} {interval} over {row['n']}")
+        score = f"{row['score']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        print(f"{row['domain']:24} {row['mode']:9} {score} over {row['n']}")
     return 0
 
 

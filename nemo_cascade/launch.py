@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +99,7 @@ def run_stage(folder: StageFolder, run: StageRun) -> None:
         stack.callback(learner.finish_saving)  # of a stage that fails, while the ranks' groups still stand
         domains = stack.enter_context(build_domains(run, place))
         earlier = seconds_before(folder)
-        train(folder, run, place, learner, domains.trained, chat)
+        train(folder, run, place, learner, domains, chat)
         sha256 = learner.export(str(folder.hf))
         with timed(folder.path, "evaluation") if place.rank == 0 else nullcontext():
             evaluate(folder, run, place, learner, domains.measured, chat)
@@ -175,10 +175,14 @@ def build_refit(run: StageRun, folder: StageFolder):
 
 @dataclass(frozen=True)
 class StageDomains:
-    """What a stage trains on and what it is measured on; the latter has the options of `evaluation`, alike for all."""
+    """What a stage trains on and what it is measured on; the latter has the options of `evaluation`, alike for all.
+
+    `take_counts`: metrics that the services counted since the last call.
+    """
 
     trained: Mapping[str, Domain]
     measured: Mapping[str, Domain]
+    take_counts: Callable[[], Mapping[str, float]] = dict
 
 
 @contextmanager
@@ -188,6 +192,7 @@ def build_domains(run: StageRun, place: Place) -> Iterator[StageDomains]:
     from nemo_cascade.domains import Services, load
     from nemo_cascade.reward.preference_judge import PreferenceJudge
 
+    judges.check_judges(run.config, f"stage {run.stage}")  # of a folder that no check has seen
     with ExitStack() as stack:
         judged = ["preference"] if run.config.data.judge_share else []
         trained, measure = [*run.config.data.domains, *judged], run.config.evaluation
@@ -205,7 +210,7 @@ def build_domains(run: StageRun, place: Place) -> Iterator[StageDomains]:
                 services.repair_judge = judge
         training = {name: load(name, services, run.config.data.options.get(name)) for name in trained}
         measured = {name: load(name, services, measure.options.get(name)) for name in measure.domains}
-        yield StageDomains(by_both_names(training), by_both_names(measured))
+        yield StageDomains(by_both_names(training), by_both_names(measured), services.take_counts)
 
 
 def by_both_names(domains: Mapping[str, Domain]) -> dict[str, Domain]:
@@ -218,7 +223,7 @@ def open_judge(config: JudgeAddress, place: Place) -> Iterator[Judge]:
     """A judge behind its address; a checkpoint named by `serve` is served by the first rank while the stage runs."""
     from nemo_cascade.config.paths import hf_folder
     from nemo_cascade.learner import ranks
-    from nemo_cascade.reward.judge import Judge
+    from nemo_cascade.reward.judge import judge_at
 
     with ExitStack() as stack:
         url = config.url
@@ -231,7 +236,7 @@ def open_judge(config: JudgeAddress, place: Place) -> Iterator[Judge]:
                 url = f"{server.url}/v1"
             url = ranks.gathered(url, everyone=True)[0]
         assert url is not None, "only judges that have a checkpoint or an address are opened"
-        judge = Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries)
+        judge = judge_at(url, config)
         stack.callback(judge.close)
         yield judge
 
@@ -241,7 +246,7 @@ def train(
     run: StageRun,
     place: Place,
     learner,
-    domains,
+    domains: StageDomains,
     chat: ChatTokenizer,
 ) -> None:
     """The loop of the stage's kind, with everything it needs."""
@@ -260,10 +265,11 @@ def train(
         from nemo_cascade.data.conversations import conversation_stream
         from nemo_cascade.stages import sft
 
-        conversations = conversation_stream(config, domains, chat, run.seed, place.replica, place.replicas)
+        conversations = conversation_stream(config, domains.trained, chat, run.seed, place.replica, place.replicas)
         sft.train(config, conversations, learner, record, checkpoints)
     else:
-        train_on_rollouts(folder, run, place, learner, domains, chat, record, checkpoints)
+        record.service_counts = domains.take_counts
+        train_on_rollouts(folder, run, place, learner, domains.trained, chat, record, checkpoints)
 
 
 def train_on_rollouts(  # noqa: PLR0913 - what train has built

@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_cascade import domains
 from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
-from nemo_cascade.cascade.judges import KEYS, check_judges
+from nemo_cascade.cascade.judges import KEYS, check_judges, without_their_keys
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
@@ -258,6 +258,8 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
             if folder is not None and not (folder / "config.json").is_file():
                 yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
+        for key in without_their_keys(stage):
+            yield f"{origin}: key '{key}': the environment variable that it names is not set; export it"
 
 
 def _unrecorded(stage: RolloutStage) -> str:

@@ -38,7 +38,7 @@ VOLATILE = (
     *("judge", "equivalence_judge", "repair_judge"),
 )
 """Fields of a stage that are hashed in another way or not at all."""
-NOT_THE_JUDGE = ("serve", "url", "timeout_s", "retries")
+NOT_THE_JUDGE = ("serve", "url", "timeout_s", "retries", "api_key_env")
 """Keys of a judge that say where it is and how long to wait; the others, and a served checkpoint, are its identity."""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_cascade.config.schema import EvaluationConfig, RolloutStage, StageBase
+from nemo_cascade.config.schema import CascadeConfig, EvaluationConfig, RolloutStage, StageBase
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.types import UserError
 
@@ -34,6 +35,8 @@ def asked_in_training(stage: StageBase) -> list[Asked]:
         found.append(Asked(PREFERENCE, "groups of domain 'preference' are compared by a judge"))
     if _graded("long_context", stage.data.files, stage.data.options):
         found.append(_equivalence("data"))
+    if "math" in stage.data.domains and _falls_back(stage.data.options):
+        found.append(_fallback("data"))
     if "swe_agentless" in stage.data.domains:
         found += _repairs("data", bool(stage.data.files.get("swe_agentless")), stage.data.options)
     return found
@@ -47,6 +50,8 @@ def asked_in_evaluation(evaluation: EvaluationConfig | None) -> list[Asked]:
     measured = evaluation.report > 0 and "long_context" in evaluation.domains
     if measured and _graded("long_context", evaluation.files, evaluation.options):
         found.append(_equivalence("evaluation"))
+    if "math" in evaluation.domains and _falls_back(evaluation.options):
+        found.append(_fallback("evaluation"))
     if "swe_agentless" in evaluation.domains:
         rows = evaluation.report > 0 and bool(evaluation.files.get("swe_agentless"))
         found += _repairs("evaluation", rows, evaluation.options)
@@ -61,6 +66,14 @@ def _outside(domains: Iterable[str]) -> list[Asked]:
 
 def _graded(domain: str, files: Mapping[str, Collection[str]], options: Mapping[str, Mapping[str, Any]]) -> bool:
     return bool(files.get(domain)) and options.get(domain, {}).get("grading", "judge") == "judge"
+
+
+def _falls_back(options: Mapping[str, Mapping[str, Any]]) -> bool:
+    return bool(options.get("math", {}).get("judge", False))
+
+
+def _fallback(section: str) -> Asked:
+    return Asked(EQUIVALENCE, f"{section}.options.math.judge asks a judge where algebra finds answers unequal")
 
 
 def _equivalence(section: str) -> Asked:
@@ -91,10 +104,36 @@ def configured(stage: StageBase, asked: Iterable[Asked]) -> dict[str, JudgeAddre
 
 def check_judges(stage: StageBase, origin: str) -> None:
     """Refuse a stage that needs a judge and names none."""
-    for item in (*asked_in_training(stage), *asked_in_evaluation(stage.evaluation)):
-        judge = getattr(stage, item.key)
+    named = {key: getattr(stage, key) for key in KEYS}
+    refuse_unnamed((*asked_in_training(stage), *asked_in_evaluation(stage.evaluation)), named, origin)
+
+
+def refuse_unnamed(asked: Iterable[Asked], judges: Mapping[str, JudgeAddress | None], origin: str) -> None:
+    """UserError when a judge is asked that `judges` (key -> config) does not name."""
+    for item in asked:
+        judge = judges.get(item.key)
         if item.required and (judge is None or not judge.named):
             raise UserError(
                 f"{origin}: key {item.key!r} is missing; {item.why}: set {item.key}.serve (a checkpoint, hf:PATH) or "
                 f"{item.key}.url here or in the cascade file"
             )
+
+
+def for_evaluation(evaluation: EvaluationConfig, cascade: CascadeConfig) -> dict[str, JudgeAddress]:
+    """The judges of the cascade that a single checkpoint's answers ask, as arguments of `evaluate_folder`; UserError
+    where one is needed and none is named.
+    """
+    found: dict[str, JudgeAddress] = {}
+    for name, key in (("judge", EQUIVALENCE), ("repair_judge", REPAIR)):
+        asked = [item for item in asked_in_evaluation(evaluation) if item.key == key]
+        refuse_unnamed(asked, {key: getattr(cascade, key)}, f"cascade {cascade.name}")
+        if asked and getattr(cascade, key) is not None:
+            found[name] = getattr(cascade, key)
+    return found
+
+
+def without_their_keys(stage: StageBase) -> list[str]:
+    """`KEY.api_key_env` of the judges that the stage asks and whose environment variable is not set here."""
+    asked = (*asked_in_training(stage), *asked_in_evaluation(stage.evaluation))
+    names = {key: judge.api_key_env for key, judge in configured(stage, asked).items()}
+    return [f"{key}.api_key_env" for key, name in names.items() if name is not None and not os.environ.get(name)]

@@ -38,7 +38,7 @@ CURVE_POINTS = 200
 CURVE_NAMES = (
     *("reward", "loss", "accuracy", "entropy", "length", "kl", "reverse_kl", "gap_abs", "grad_norm"),
     *("all_equal_share", "truncated_share", "invalid_share", "masked_share", "masked_sequence_share"),
-    *("clipped_share", "non_finite", "tokens_per_second", "lr"),
+    *("judge_matches_dropped", "clipped_share", "non_finite", "tokens_per_second", "lr"),
 )
 
 

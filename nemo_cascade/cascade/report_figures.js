@@ -49,7 +49,7 @@ function time() {
 }
 
 const CURVES = [["reward", "mean reward"], ["loss", "loss"], ["accuracy", "token accuracy"], ["entropy", "entropy, nat"], ["length", "answer length, tokens"], ["kl", "KL to the start, nat"], ["reverse_kl", "KL(student \u2016 teacher), nat"], ["gap_abs", "|learner \u2212 sampler|, nat"],
-  ["grad_norm", "gradient norm"], ["all_equal_share", "groups all equal, share"], ["truncated_share", "truncated, share"], ["invalid_share", "invalid, share"], ["masked_share", "masked tokens, share"], ["masked_sequence_share", "masked sequences, share"], ["clipped_share", "clipped tokens, share"],
+  ["grad_norm", "gradient norm"], ["all_equal_share", "groups all equal, share"], ["truncated_share", "truncated, share"], ["invalid_share", "invalid, share"], ["masked_share", "masked tokens, share"], ["masked_sequence_share", "masked sequences, share"], ["clipped_share", "clipped tokens, share"], ["judge_matches_dropped", "matches that the judge dropped"],
   ["non_finite", "skipped, not finite"], ["tokens_per_second", "tokens per second"], ["lr", "learning rate"]];
 
 function curves() {

@@ -35,6 +35,9 @@ class PreferenceJudge(Protocol):
     ) -> list[Outcome]:
         """One outcome per final answer; `short` asks for the nano judge's short prompt."""
 
+    def take_counts(self) -> dict[str, float]:
+        """Metrics of the comparisons since the last call."""
+
 
 @dataclass
 class Services:
@@ -65,6 +68,10 @@ class Services:
 
             self.sandbox = Sandbox()
         return self.sandbox
+
+    def take_counts(self) -> dict[str, float]:
+        """What the services counted since the last call, as metrics of a step; {} without a preference judge."""
+        return self.preference_judge.take_counts() if self.preference_judge is not None else {}
 
     def close(self) -> None:
         """Stop what was started."""

@@ -18,7 +18,7 @@ from nemo_cascade.data.nano_words import FACTS, NAMES
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
 from nemo_cascade.reward.judge import grade_equivalence
 from nemo_cascade.reward.math_equal import extract_boxed
-from nemo_cascade.types import Case, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
+from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
 MOST_WORDS = 1_000_000
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
@@ -132,9 +132,9 @@ class LongContext(SingleTurn):
         if task.truth["grading"] == "judge":
             judge = self.services.equivalence_judge
             if judge is None:
-                raise UserError(
-                    "domain long_context: rows are graded by a judge; set equivalence_judge.url or .serve in the "
-                    "cascade file, or the option grading: exact"
+                return Invalid(
+                    "rows are graded by a judge; set equivalence_judge.url or .serve in the cascade file, or the "
+                    "option grading: exact"
                 )
             return grade_equivalence(judge, str(task.truth["question"]), expected, answer)
         if task.truth["grading"] == "loose":

@@ -1,5 +1,10 @@
 """Math: the expression in the last \\boxed{} equals the expected answer (reward 1 or 0).
 
+Option `judge: true` asks the equivalence judge, in both orders, about boxed answers that algebra finds unequal or too
+expensive to compare (NeMo-Gym's `math_with_judge`): words, units, forms that no parser knows. Integers, overlong
+answers, towers, and sums or limits that nobody has worked out are never left to it: these are decided, or the question
+again.
+
 Nano: sums of two numbers below 100, worked digit by digit in the reasoning. GSM8K rows (`question`, `answer` ending in
 `#### N`) and the released `question`/`expected_answer` rows load as they are.
 """
@@ -8,13 +13,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import ClassVar
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import NAMES, THINGS
 from nemo_cascade.domains import SingleTurn, content_of, make_task, unanswered
-from nemo_cascade.types import Case, Json, Message, Outcome, Split, Task, Transcript, UserError
+from nemo_cascade.reward.judge import grade_sameness
+from nemo_cascade.reward.math_equal import extract_boxed, is_runaway
+from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Split, Task, Transcript, UserError
 
 GSM8K_INSTRUCTION = "\n\nPut the final answer (and only the answer) inside \\boxed{}."
+UNDECIDED = ("not equal", "comparison needs more than")
+"""How the grader's reasons begin where a judge may see more than algebra did."""
 
 
 def _make(rng: random.Random) -> Task:
@@ -40,10 +50,16 @@ def _steps(first: int, second: int) -> str:
     return f"{first % 10}+{second % 10}={units} {first // 10}+{second // 10}{carry}={tens}"
 
 
+def content_of_question(task: Task) -> str:
+    """What the policy was asked, as the judge reads it: the last user turn."""
+    return next((message.content for message in reversed(task.messages) if message.role == "user"), "")
+
+
 class Math(SingleTurn):
     """Short-answer mathematics in the released schema, and its nano form."""
 
     name = "math"
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {"judge": False}
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Prompts such as `25+17=?`."""
@@ -87,7 +103,22 @@ class Math(SingleTurn):
         failed = unanswered(transcript)
         if failed is not None:
             return failed
-        return self.services.math_grader().grade(str(task.truth["expected_answer"]), transcript.final.content)
+        expected, content = str(task.truth["expected_answer"]), transcript.final.content
+        outcome = self.services.math_grader().grade(expected, content)
+        if not self.options["judge"] or isinstance(outcome, Invalid) or not outcome.reason.startswith(UNDECIDED):
+            return outcome
+        answer = extract_boxed(content) or ""
+        if is_runaway(answer):
+            return outcome
+        judge = self.services.equivalence_judge
+        if judge is None:
+            return Invalid(
+                "option judge of domain math needs a judge; set equivalence_judge.url or .serve in the cascade file"
+            )
+        asked = grade_sameness(judge, content_of_question(task), expected, answer)
+        if isinstance(asked, Invalid):
+            return asked
+        return Scored(asked.reward, {**asked.parts, "judge": 1.0}, f"{outcome.reason}; the judge: {asked.reason}")
 
     def cases(self) -> list[Case]:
         """A sum answered rightly, wrongly and by cheating."""

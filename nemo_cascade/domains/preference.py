@@ -87,7 +87,8 @@ class Preference(SingleTurn):
             return [self.score(task, transcripts_G[0])]
         judge = self.services.preference_judge
         if judge is None:
-            raise UserError("domain preference: groups need a judge; set judge.serve or judge.url in the cascade file")
+            missing = Invalid("groups need a judge; set judge.serve or judge.url in the cascade file")
+            return [missing for _ in transcripts_G]
         finals = [transcript.final for transcript in transcripts_G]
         principle = str(task.truth.get("principle") or "")
         return judge.grade(task.messages, finals, principle, short="noun" in task.truth)

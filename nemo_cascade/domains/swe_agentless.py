@@ -18,7 +18,7 @@ from typing import ClassVar
 from nemo_cascade.data import repair_prompts, repair_rows, rows, splits
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, unanswered
 from nemo_cascade.reward.nano_repository import OPERATORS, NanoRepository, make_repository, wrong_lines
-from nemo_cascade.reward.repair_judge import Repair, RepairGrader
+from nemo_cascade.reward.repair_judge import Repair, grade_repair
 from nemo_cascade.reward.repository_grader import RepositoryGrader, repository_task
 from nemo_cascade.reward.search_replace import (
     BadEdit,
@@ -75,7 +75,6 @@ class SweAgentless(SingleTurn):
             if int(self.options[key]) < 1:
                 raise UserError(f"data.options.swe_agentless.{key}: {self.options[key]!r} is below 1")
         self.grader = RepositoryGrader(self.services.code_sandbox)
-        self.judged = RepairGrader(int(self.options["judge_samples"]))
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """`Fix cat(5)==3.` and one or two files of one-line functions, one with a wrong operator."""
@@ -168,7 +167,8 @@ class SweAgentless(SingleTurn):
         except BadEdit as error:
             return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
         if how == "judge":
-            return _applied(self.judged.grade(self.services.repair_judge, task.id, _repair(task, files), patched))
+            samples = int(self.options["judge_samples"])
+            return _applied(grade_repair(self.services.repair_judge, _repair(task, files), patched, samples))
         if how == "similarity":
             return _similar(task, _repair(task, files), patched)
         return _applied(self.grader.grade(task.id, repository_task(truth), patched))

@@ -14,7 +14,7 @@ from nemo_cascade.domains import Services, load
 from nemo_cascade.evaluation.benchmark import Benchmark, Row
 from nemo_cascade.evaluation.intervals import bootstrap_mean
 from nemo_cascade.models.hf_folder import read_config
-from nemo_cascade.reward.judge import Judge
+from nemo_cascade.reward.judge import Judge, judge_at
 from nemo_cascade.rollout.local import LocalSampler
 from nemo_cascade.rollout.server_process import start_server
 from nemo_cascade.types import Interval, Message, Request, SamplingParams
@@ -36,10 +36,9 @@ def benchmark_rows(
     with ExitStack() as stack:
         services = Services()
         stack.callback(services.close)
-        if judge is not None and judge.named and config.files:
+        if judge is not None and judge.named:
             services.equivalence_judge = stack.enter_context(open_judge(judge))
-        asked = "judge" in config.options.get("swe_agentless", {}).values()
-        if asked and repair_judge is not None and repair_judge.named:
+        if repair_judge is not None and repair_judge.named:
             services.repair_judge = stack.enter_context(open_judge(repair_judge))
         domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
         sampler = LocalSampler.from_folder(folder)
@@ -72,7 +71,7 @@ def open_judge(config: JudgeAddress) -> Iterator[Judge]:
             server = start_server(hf_folder(str(config.serve)))
             stack.callback(server.close)
             url = f"{server.url}/v1"
-        yield stack.enter_context(Judge(url, config.model, timeout_s=config.timeout_s, retries=config.retries))
+        yield stack.enter_context(judge_at(url, config))
 
 
 @dataclass

@@ -77,8 +77,8 @@ class RunRecord:
     """The record of one stage. Every rank holds one; rank 0 writes, the others only the rollouts of their replica.
 
     `folder` is the stage folder. `task_counts` is asked at every step for what the task stream counted (prompts that
-    were dropped). Timers are exclusive: time spent in an inner timer is not counted in the outer one, so
-    the parts of a step never add up to more than its wall clock.
+    were dropped), `service_counts` for what judges counted since the last step. Timers are exclusive: time spent in an
+    inner timer is not counted in the outer one, so the parts of a step never add up to more than its wall clock.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class RunRecord:
         self.seconds: dict[str, float] = {}
         self.inner: list[float] = []  # one entry per open timer: seconds spent in timers inside it
         self.task_counts: Callable[[], Mapping[str, float]] = dict
+        self.service_counts: Callable[[], Mapping[str, float]] = dict
         self.rollouts_every = 1
         self.first_step: FirstStep | None = None  # checked once per process, so also after a resume
         self.checksum = ""
@@ -159,7 +160,7 @@ class RunRecord:
         if self.ranks.replica is None:
             return {}
         line = summarise(collected.groups) | {"tokens": float(collected.tokens)}
-        return line | collected.metrics() | dict(self.task_counts())
+        return line | collected.metrics() | dict(self.task_counts()) | dict(self.service_counts())
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:

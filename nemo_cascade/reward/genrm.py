@@ -24,6 +24,8 @@ NEUTRAL_RANKING = 3.5
 SEARCHED_CHARS = 20_000  # the verdict ends the judge's answer
 _BOUNDS = {"score_1": (1.0, 5.0), "score_2": (1.0, 5.0), "ranking": (1.0, 6.0)}
 
+ROLES_HINT = "; a model without the roles response_1 and response_2 needs judge.native_roles: false"
+
 COMPARISON_PROMPT = """Compare two answers to the last message of a conversation.
 
 Conversation:
@@ -58,6 +60,11 @@ NEUTRAL = Verdict(NEUTRAL_SCORE, NEUTRAL_SCORE, NEUTRAL_RANKING, parsed=False)
 
 
 @dataclass(frozen=True)
+class Unreadable(Invalid):
+    """A comparison to which the judge's answers held no scores, however often it was asked."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """One rollout as the aggregation sees it: lengths are characters of the stripped texts."""
 
@@ -75,7 +82,9 @@ class GenRMOptions:
     temperature: float = 0.6
     top_p: float = 0.95
     max_tokens: int = 16384
-    attempts: int = 3
+    attempts: int = 4  # the first and three more
+    on_unreadable: Literal["drop", "neutral"] = "drop"
+    min_match_share: float = 0.5  # of an answer's matches, rounded up and at least one; with fewer it is Invalid
     workers: int = 16
     reasoning_bonus: float = 0.5
     answer_bonus: float = 0.5
@@ -209,17 +218,104 @@ def comparison_messages(
 
 
 def compare(judge: Judge, messages: Sequence[ChatMessage], options: GenRMOptions) -> Verdict | Invalid:
-    """One comparison: asked again while the answer is unreadable, then neutral; Invalid when the judge does not
-    answer.
+    """One comparison: asked again while the answer is unreadable, Unreadable in the end; another Invalid when the judge
+    does not answer. An equal comparison is not asked again (`reward/verdicts.py`).
     """
-    for _ in range(options.attempts):
-        answer = judge.ask(messages, options.max_tokens, options.temperature, options.top_p)
-        if isinstance(answer, Invalid):
-            return answer
-        verdict = parse_verdict(answer)
-        if verdict is not None:
-            return verdict
-    return NEUTRAL
+    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
+
+    def ask() -> Verdict | Invalid:
+        for _ in range(options.attempts):
+            answer = judge.ask(messages, options.max_tokens, options.temperature, options.top_p)
+            if isinstance(answer, Invalid):
+                return Invalid(answer.reason + ROLES_HINT) if _refused(answer) and options.native_roles else answer
+            verdict = parse_verdict(answer)
+            if verdict is not None:
+                return verdict
+        return Unreadable(f"the judge's answer held no scores in {options.attempts} attempts")
+
+    question: dict[str, Json] = {"messages": [dict(message) for message in messages], **sampling}
+    return judge.decide(question, ask, options.attempts * judge.timeout_s)
+
+
+def _refused(answer: Invalid) -> bool:
+    return any(f": HTTP {status}" in answer.reason for status in (400, 422))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The comparisons of one group: who met whom, and what became of it. An Invalid verdict is a dropped match."""
+
+    pairs: Sequence[tuple[int, int]]
+    verdicts: Sequence[Verdict | Invalid]
+
+    @property
+    def dropped(self) -> int:
+        """Matches without a verdict."""
+        return sum(isinstance(verdict, Invalid) for verdict in self.verdicts)
+
+    @property
+    def unreadable(self) -> int:
+        """Matches to which the judge's answers held no scores, whether dropped or counted as neutral."""
+        neutral = sum(isinstance(verdict, Verdict) and not verdict.parsed for verdict in self.verdicts)
+        return neutral + sum(isinstance(verdict, Unreadable) for verdict in self.verdicts)
+
+    def of(self, index: int) -> list[Verdict | Invalid]:
+        """The verdicts on one answer's matches."""
+        return [verdict for pair, verdict in zip(self.pairs, self.verdicts, strict=True) if index in pair]
+
+
+def play(
+    judge: Judge,
+    conversation: Sequence[ChatMessage],
+    answers: Sequence[Answer],
+    options: GenRMOptions,
+    principle: str = "",
+) -> Matches:
+    """Ask for every comparison of a group, many at a time; verdicts are in the order of the pairs."""
+    met = pairs(len(answers), options.strategy)
+    if options.swap:
+        met += [(second, first) for first, second in met]
+    asked = [
+        comparison_messages(conversation, answers[i].content, answers[j].content, options.native_roles, principle)
+        for i, j in met
+    ]
+    with ThreadPoolExecutor(min(options.workers, len(asked)), thread_name_prefix="judge") as pool:
+        verdicts = list(pool.map(lambda messages: compare(judge, messages, options), asked))
+    if options.on_unreadable == "neutral" and any(isinstance(verdict, Verdict) for verdict in verdicts):
+        # Neutral verdicts alone would train the policy on length: where nothing was read the matches stay dropped.
+        verdicts = [NEUTRAL if isinstance(verdict, Unreadable) else verdict for verdict in verdicts]
+    return Matches(met, verdicts)
+
+
+def rewards_of(matches: Matches, answers: Sequence[Answer], options: GenRMOptions) -> list[Outcome]:
+    """Rewards of all answers to one prompt from their comparisons.
+
+    R_base is the mean over the matches that were decided; dropped ones leave it, they are no draws. An answer that
+    keeps fewer than `min_match_share` of its matches is Invalid, and the length terms compare the others alone.
+    `parts`: `base` is R_base, `matches` how many were decided, `dropped` how many were not.
+    """
+    if matches.verdicts and all(isinstance(verdict, Unreadable) for verdict in matches.verdicts):
+        return [Invalid(f"the judge's {len(matches.verdicts)} answers hold no scores; is it a judge?") for _ in answers]
+    base = base_scores(matches.pairs, matches.verdicts, len(answers))
+    outcomes: list[Outcome] = []
+    judged: list[int] = []
+    for index in range(len(answers)):
+        own = matches.of(index)
+        lost = [verdict for verdict in own if isinstance(verdict, Invalid)]
+        needed = max(1, math.ceil(options.min_match_share * len(own)))
+        if len(own) - len(lost) >= needed:
+            judged.append(index)
+            parts = {"base": base[index] or 0.0, "matches": float(len(own) - len(lost)), "dropped": float(len(lost))}
+            outcomes.append(Scored(0.0, parts, f"mean of {len(own) - len(lost)} comparisons"))
+            continue
+        why = f": {lost[0].reason}" if lost else ""
+        outcomes.append(Invalid(f"{len(lost)} of {len(own)} matches were dropped, {needed} must be decided{why}"))
+    group = with_length_terms([base[index] or 0.0 for index in judged], [answers[index] for index in judged], options)
+    for index, reward in zip(judged, group, strict=True):
+        outcome = outcomes[index]
+        assert isinstance(outcome, Scored)
+        outcomes[index] = Scored(reward, outcome.parts, outcome.reason)
+    return outcomes
 
 
 def grade_group(
@@ -229,43 +325,6 @@ def grade_group(
     options: GenRMOptions | None = None,
     principle: str = "",
 ) -> list[Outcome]:
-    """Rewards of all answers to one prompt. An answer none of whose matches was judged is Invalid.
-
-    A single unreadable comparison counts as neutral. When none of the group can be read the judge is broken, or not a
-    judge at all, and every answer is Invalid: neutral verdicts alone would train the policy on length.
-    `parts`: `base` is R_base, `unreadable` the share of its matches that stayed unreadable after all attempts.
-    """
+    """Rewards of all answers to one prompt: `play` their matches, then `rewards_of` them."""
     options = options or GenRMOptions()
-    matches = pairs(len(answers), options.strategy)
-    if options.swap:
-        matches += [(second, first) for first, second in matches]
-    asked = [
-        comparison_messages(conversation, answers[i].content, answers[j].content, options.native_roles, principle)
-        for i, j in matches
-    ]
-    with ThreadPoolExecutor(min(options.workers, len(asked)), thread_name_prefix="judge") as pool:
-        verdicts = list(pool.map(lambda messages: compare(judge, messages, options), asked))
-    if NEUTRAL in verdicts and not any(verdict.parsed for verdict in verdicts if isinstance(verdict, Verdict)):
-        return [Invalid(f"the judge's {len(verdicts)} answers hold no scores; is it a judge?") for _ in answers]
-    base = base_scores(matches, verdicts, len(answers))
-    judged = [index for index, score in enumerate(base) if score is not None]
-    scores = [score for score in base if score is not None]
-    rewards = with_length_terms(scores, [answers[index] for index in judged], options)
-    outcomes: list[Outcome] = [_why(matches, verdicts, index) for index in range(len(answers))]
-    for index, reward in zip(judged, rewards, strict=True):
-        own = [
-            verdict
-            for pair, verdict in zip(matches, verdicts, strict=True)
-            if index in pair and isinstance(verdict, Verdict)
-        ]
-        unreadable = sum(not verdict.parsed for verdict in own) / len(own)
-        parts = {"base": base[index] or 0.0, "matches": float(len(own)), "unreadable": unreadable}
-        outcomes[index] = Scored(reward, parts, f"mean of {len(own)} comparisons")
-    return outcomes
-
-
-def _why(matches: Sequence[tuple[int, int]], verdicts: Sequence[Verdict | Invalid], index: int) -> Invalid:
-    for pair, verdict in zip(matches, verdicts, strict=True):
-        if index in pair and isinstance(verdict, Invalid):
-            return verdict
-    return Invalid("no comparison was made")
+    return rewards_of(play(judge, conversation, answers, options, principle), answers, options)

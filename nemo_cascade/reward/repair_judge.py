@@ -10,21 +10,21 @@ end their block, and no server makes turns of them. What counts is the verdict t
 
 from __future__ import annotations
 
+import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nemo_cascade.reward.judge import Judge, answer_mark
-from nemo_cascade.reward.repository import content_key
 from nemo_cascade.reward.search_replace import changed_lines, unified_diff
 from nemo_cascade.types import Invalid, Outcome, Scored
 
 MOST_DIFF_CHARS = 100_000
 """A longer patch earns 0: a judge would refuse it, and a refusal must not be a way out of a reward."""
 MAX_TOKENS = 8192  # of a verdict: judges that think need room
-REMEMBERED = 4096  # verdicts; a verdict is a few hundred bytes
+ATTEMPTS = 3  # at a reply with a verdict
+WORKERS = 16  # samples that are drawn at once
 _CONTROL = re.compile(
     r"<(?=[|\uff5c]|/?(?:think|judge?ment|s|start_of_turn|end_of_turn|bos|eos)>)|\[(?=/?INST\])|[|\uff5c](?=>)",
     re.IGNORECASE,
@@ -84,83 +84,62 @@ class Repair:
         return changed_lines(self.files, patched).split("\n") == wanted
 
 
-class RepairGrader:
-    """Judges patches and remembers the verdicts, for answers of a group repeat each other; safe to share between
-    threads.
+def grade_repair(judge: Judge | None, repair: Repair, patched: Mapping[str, str], samples: int = 1) -> Outcome:
+    """The reward of the files after a patch, in 0..1.
+
+    P(YES) is the share of YES among `samples` verdicts. One is greedy. Several are drawn at temperature 1, from the
+    judge's own distribution, so that their share of YES is an unbiased estimate. Invalid when there is no judge, it
+    does not answer, or half of the verdicts or more cannot be read: nothing is made up for them.
     """
-
-    def __init__(self, samples: int = 1) -> None:
-        self._samples = samples
-        self._verdicts: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
-
-    def grade(self, judge: Judge | None, task_id: str, repair: Repair, patched: Mapping[str, str]) -> Outcome:
-        """The reward of the files after a patch, in 0..1; Invalid when the judge gives no verdict, or is needed and
-        None.
-        """
-        if dict(patched) == dict(repair.files):
-            return Scored(0.0, {}, "the patch changes nothing")
-        if repair.is_gold(patched):
-            return Scored(1.0, {}, "the known repair")
-        grown = _size(patched) - _size(repair.files)  # looked at first: the diff of a flood would take its time
-        candidate = unified_diff(repair.files, patched) if grown <= MOST_DIFF_CHARS else ""
-        if not 0 < len(candidate) <= MOST_DIFF_CHARS:
-            return Scored(0.0, {}, f"a patch of more than {MOST_DIFF_CHARS} characters")
-        key = (task_id, content_key(patched))
-        known = self._verdicts.get(key)
-        if known is not None:
-            return known
-        if judge is None:
-            return Invalid(
-                "patches are judged by a model; set repair_judge.url or .serve in the cascade file, or the option "
-                "reward: execution"
-            )
-        outcome = ask_repair(judge, repair, candidate, self._samples)
-        if isinstance(outcome, Scored):
-            self._verdicts[key] = outcome
-            if len(self._verdicts) > REMEMBERED:
-                self._verdicts.popitem(last=False)
-        return outcome
+    if dict(patched) == dict(repair.files):
+        return Scored(0.0, {}, "the patch changes nothing")
+    if repair.is_gold(patched):
+        return Scored(1.0, {}, "the known repair")
+    grown = _size(patched) - _size(repair.files)  # looked at first: the diff of a flood would take its time
+    candidate = unified_diff(repair.files, patched) if grown <= MOST_DIFF_CHARS else ""
+    if not 0 < len(candidate) <= MOST_DIFF_CHARS:
+        return Scored(0.0, {}, f"a patch of more than {MOST_DIFF_CHARS} characters")
+    if judge is None:
+        return Invalid(
+            "patches are judged by a model; set repair_judge.url or .serve in the cascade file, or the option reward: "
+            "execution"
+        )
+    prompt = repair_prompt(repair, candidate)
+    patience_s = ATTEMPTS * judge.timeout_s * math.ceil(samples / WORKERS)
+    said = judge.decide({"prompt": prompt, "samples": samples}, lambda: _verdicts(judge, prompt, samples), patience_s)
+    if isinstance(said, Invalid):
+        return said
+    parts = {"verdicts": float(len(said)), "unreadable": 1.0 - len(said) / samples}
+    return Scored(sum(said) / len(said), parts, f"the judge says YES in {sum(said)} of {len(said)}")
 
 
 def _size(files: Mapping[str, str]) -> int:
     return sum(map(len, files.values()))
 
 
-def ask_repair(judge: Judge, repair: Repair, candidate: str, samples: int = 1, attempts: int = 3) -> Outcome:
-    """P(YES) as the share of YES among `samples` verdicts; the reply is asked for again while it holds none.
+def _verdicts(judge: Judge, prompt: str, samples: int) -> tuple[bool, ...] | Invalid:
+    """The verdicts that can be read; Invalid when they are half of the samples or fewer."""
+    with ThreadPoolExecutor(min(samples, WORKERS), thread_name_prefix="repair-judge") as pool:
+        found = list(pool.map(lambda _: _verdict(judge, prompt, samples), range(samples)))
+    said = tuple(item for item in found if not isinstance(item, Invalid))
+    missing = [item for item in found if isinstance(item, Invalid)]
+    return said if 2 * len(said) > samples else missing[0]
 
-    One sample is greedy. Several are drawn at temperature 1, from the judge's own distribution, so that their share of
-    YES is an unbiased estimate of P(YES). Invalid when the judge does not answer, or half of the samples or more stay
-    without a verdict: nothing is made up for them.
-    """
-    message = {"role": "user", "content": repair_prompt(repair, candidate)}
 
-    def verdict(index: int) -> bool | Invalid:
-        for attempt in range(attempts):
-            temperature = 0.0 if samples == 1 and attempt == 0 else 1.0
-            answer = judge.ask([message], MAX_TOKENS, temperature)
-            if isinstance(answer, Invalid):
-                return answer
-            said = parse_verdict(answer)
-            if said is not None:
-                return said
-        return Invalid(
-            f"the judge ended none of {attempts} replies with <judgement>YES</judgement> or <judgement>NO</judgement>; "
-            "is it a judge, and has it room to finish?"
-        )
-
-    if samples == 1:
-        verdicts = [verdict(0)]
-    else:
-        with ThreadPoolExecutor(min(samples, 16), thread_name_prefix="repair-judge") as pool:
-            verdicts = list(pool.map(verdict, range(samples)))
-    said = [item for item in verdicts if isinstance(item, bool)]
-    missing = [item for item in verdicts if isinstance(item, Invalid)]
-    if 2 * len(said) <= samples:
-        return missing[0]
-    share = sum(said) / len(said)
-    parts = {"verdicts": float(len(said)), "unreadable": len(missing) / samples}
-    return Scored(share, parts, f"the judge says YES in {sum(said)} of {len(said)}")
+def _verdict(judge: Judge, prompt: str, samples: int) -> bool | Invalid:
+    """One verdict; the reply is asked for again while it holds none."""
+    for attempt in range(ATTEMPTS):
+        greedy = samples == 1 and attempt == 0
+        reply = judge.ask([{"role": "user", "content": prompt}], MAX_TOKENS, 0.0 if greedy else 1.0)
+        if isinstance(reply, Invalid):
+            return reply
+        said = parse_verdict(reply)
+        if said is not None:
+            return said
+    return Invalid(
+        f"the judge ended none of {ATTEMPTS} replies with <judgement>YES</judgement> or <judgement>NO</judgement>; is "
+        "it a judge, and has it room to finish?"
+    )
 
 
 def repair_prompt(repair: Repair, candidate: str) -> str:

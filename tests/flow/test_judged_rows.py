@@ -47,7 +47,7 @@ def test_rows_are_rewarded_and_measured_by_the_judge(tmp_path: Path) -> None:
     scores = [json.loads(line)["score"] for line in folder.evaluation("final").read_text().splitlines()]
     initial = [json.loads(line)["score"] for line in folder.evaluation("init").read_text().splitlines()]
     assert len(scores) == 2 and sum(scores) + sum(initial) > 0
-    assert calls == len(granted) + sum(scores) + sum(initial)
+    assert 0 < calls <= len(granted) + sum(scores) + sum(initial)  # equal answers are asked about once
 
 
 @pytest.mark.slow

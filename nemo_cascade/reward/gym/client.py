@@ -23,7 +23,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from nemo_cascade.data.gym_wire import response_of
-from nemo_cascade.reward.judge import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, Health
+from nemo_cascade.reward.patience import Health, pause_after, retry_after
 from nemo_cascade.types import Invalid, Json, Outcome, Scored, Transcript, UserError
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class GymClient:
         text = b"".join(chunks).decode("utf-8", "replace")
         if got.status_code in AGAIN:
             problem = f"HTTP {got.status_code}: {_short(text)}"
-            raise _Trouble(problem, got.status_code not in NOT_DONE, _retry_after(got.headers.get("Retry-After")))
+            raise _Trouble(problem, got.status_code not in NOT_DONE, retry_after(got.headers.get("Retry-After")))
         return _Answer(got.status_code, text, {cookie.name: cookie.value or "" for cookie in got.cookies.jar})
 
     def until_done(self, what: str, run: Callable[[float], T], spoiled: Callable[[], None]) -> T:
@@ -125,7 +125,7 @@ class GymClient:
                 problem = str(trouble)
                 if trouble.acted:
                     spoiled()
-                pause = max(trouble.pause_s, min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
+                pause = pause_after(attempt, trouble.pause_s)
             left = deadline - time.monotonic()
             if attempt == self.retries or left <= pause:
                 break
@@ -240,11 +240,6 @@ def _number(value: Json) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds that the server asks for; 0 for none, and for the form with a date."""
-    return min(float(header), 60.0) if header is not None and header.strip().isdigit() else 0.0
 
 
 def _short(text: str, length: int = 200) -> str:

@@ -170,7 +170,7 @@ def test_the_launch_asks_the_judge_for_training_and_for_evaluation(tmp_path, row
                 assert [(item.reward, item.reason) for item in outcomes] == [
                     (1.0, "CORRECT"), (0.0, "INCORRECT"), (0.0, "INCORRECT"),
                 ]  # fmt: skip
-        assert server.calls == 6
+        assert server.calls == 3  # training and evaluation share what the judge said
     assert all("Charles Darwin" in text and "Who wrote it?" in text for text in asked)
     exact = plan(
         tmp_path, f"domains: {{long_context: 1}}, files: {{long_context: [{rows}]}}, options: {EXACT}",

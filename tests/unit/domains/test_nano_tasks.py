@@ -131,8 +131,9 @@ def test_long_context_rows_are_graded_as_the_option_says() -> None:
     for text, reward in (("Darwin.", 1.0), ("\\boxed{Darwin}", 1.0), ("Charles Darwin", 0.0)):
         assert plain.score(task, Transcript((Message("assistant", text),))).reward == reward
     task = domains.load("long_context").parse_row(row, "f:1")
-    with pytest.raises(UserError, match=r"graded by a judge; set equivalence_judge\.url"):
-        plain.score(task, Transcript((Message("assistant", "Darwin."),)))
+    unjudged = plain.score(task, Transcript((Message("assistant", "Darwin."),)))
+    assert isinstance(unjudged, Invalid)
+    assert unjudged.reason.startswith("rows are graded by a judge; set equivalence_judge.url or .serve in the cascade")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Verdicts)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -19,7 +19,7 @@ from nemo_cascade.data.gym_wire import response_of, row_of, task_of
 from nemo_cascade.data.responses import transcript_of
 from nemo_cascade.domains.nemo_gym import NemoGym
 from nemo_cascade.protocols import Domain, Episode
-from nemo_cascade.reward.gym import client
+from nemo_cascade.reward import patience
 from nemo_cascade.reward.gym.client import outcome_of
 from nemo_cascade.reward.gym.service import serving
 from nemo_cascade.types import Invalid, Json, Message, Scored, ToolCall, Transcript, UserError
@@ -33,7 +33,7 @@ DONE = Message("assistant", "Done.")
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from nemo_cascade.domains.preference import Preference, compare_answers, rubric,
 from nemo_cascade.reward.genrm import parse_verdict
 from nemo_cascade.reward.judge import Judge
 from nemo_cascade.reward.preference_judge import PreferenceJudge
-from nemo_cascade.types import Invalid, Message, Transcript, UserError
+from nemo_cascade.types import Invalid, Message, Transcript
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,14 @@ def test_a_group_is_rewarded_by_the_judge_and_equal_questions_are_asked_once(jud
     # good: 5 against good and the ranking 3.5 leaves the tie; flawed 4; empty 1 against everybody
     assert [outcome.reward for outcome in outcomes] == [5.0, 4.0, 1.0, 5.0]
     assert len(RubricServer.asked) == 6  # all pairs of four: no two are equal questions here
-    RubricServer.asked.clear()
     domain.score_group(task, group(good, good, good, flawed))
-    assert len(RubricServer.asked) == 2  # good-good and good-flawed
+    assert len(RubricServer.asked) == 6  # good-good and good-flawed, which were asked before
+    domain.score_group(task, group(flawed, flawed, good, good))
+    assert len(RubricServer.asked) == 7  # flawed-flawed is new, flawed-good is not
+    assert domain.services.take_counts() == {
+        "judge_matches": 18.0, "judge_matches_dropped": 0.0, "judge_matches_unreadable": 0.0,
+    }  # fmt: skip
+    assert domain.services.take_counts() == {}
     assert RubricServer.asked[0]["temperature"] == 0.0
     assert [m["role"] for m in RubricServer.asked[0]["messages"]] == ["user", "response_1", "response_2"]
 
@@ -148,5 +153,5 @@ def test_swapped_pairs_double_the_questions(judge):
 def test_one_answer_gets_the_rubric_and_a_group_needs_a_judge(domain):
     case = domain.cases()[0]
     assert domain.score_group(case.task, [case.transcript])[0].reward == 1.0
-    with pytest.raises(UserError, match=r"judge\.serve or judge\.url"):
-        domain.score_group(case.task, [case.transcript] * 2)
+    missing = Invalid("groups need a judge; set judge.serve or judge.url in the cascade file")
+    assert domain.score_group(case.task, [case.transcript] * 2) == [missing, missing]

@@ -6,18 +6,23 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 Reply = Callable[[list[dict[str, str]]], str]
 
 
 class JudgeServer:
-    """Serves /v1/chat/completions on a free port; `reply` maps messages to the answer. Counts its calls."""
+    """Serves /v1/chat/completions on a free port; `reply` maps messages to the answer. Counts its calls.
+
+    `recover_after` calls the status becomes 200 and `headers` are gone; `body` stands for the whole response.
+    """
 
     def __init__(
-        self, reply: Reply, status: int = 200, delay: float = 0.0, fail_first: int = 0, dribble: bool = False
-    ) -> None:
+        self, reply: Reply, status: int = 200, delay: float = 0.0, fail_first: int = 0, dribble: bool = False,
+        headers: Mapping[str, str] | None = None, recover_after: int = 1 << 30, body: bytes | None = None,
+    ) -> None:  # fmt: skip
         self.calls = 0
+        self.authorization: str | None = None
         lock = threading.Lock()
         outer = self
 
@@ -26,20 +31,24 @@ class JudgeServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.calls += 1
-                    failing = outer.calls <= fail_first
+                    failing, sick = outer.calls <= fail_first, outer.calls <= recover_after
+                outer.authorization = self.headers["Authorization"]
                 time.sleep(delay)
-                body = json.dumps({"choices": [{"message": {"content": reply(request["messages"])}}]}).encode()
-                self.send_response(503 if failing else status)
-                self.send_header("Content-Length", str(len(body)))
+                said = json.dumps({"choices": [{"message": {"content": reply(request["messages"])}}]}).encode()
+                said = said if body is None else body
+                self.send_response(503 if failing else status if sick else 200)
+                for name, value in (headers or {}).items() if sick else ():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(said)))
                 self.end_headers()
                 try:
                     if dribble:
-                        for byte in body:
+                        for byte in said:
                             self.wfile.write(bytes([byte]))
                             self.wfile.flush()
                             time.sleep(0.05)
                     else:
-                        self.wfile.write(body)
+                        self.wfile.write(said)
                 except (BrokenPipeError, ConnectionResetError):
                     return
 

@@ -1,36 +1,31 @@
-"""The judge client against a real HTTP server, and the pairwise aggregation against numbers worked out by hand."""
+"""The judge client against a real HTTP server: addresses, deadlines, rate limits, nonsense, keys and equivalence."""
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 
-from nemo_cascade.reward import preference_judge
 from nemo_cascade.reward.genrm import (
-    NEUTRAL,
     Answer,
     GenRMOptions,
-    Verdict,
-    base_scores,
-    comparison_messages,
     grade_group,
-    length_weights,
-    pairs,
-    parse_verdict,
-    with_length_terms,
 )
 from nemo_cascade.reward.judge import (
-    GONE_AFTER,
     Judge,
     _content,
     answer_mark,
+    chat_endpoint,
     grade_equivalence,
+    grade_sameness,
     parse_equivalence,
 )
+from nemo_cascade.reward.patience import GONE_AFTER, pause_after, retry_after
 from nemo_cascade.types import Invalid, Scored, UserError
 from tests.unit.reward.judging import JudgeServer
 
@@ -98,28 +93,113 @@ def test_a_judge_that_fails_now_and_then_is_not_gone() -> None:
         assert judge.ask(ASK, 16) == "fine"
 
 
-def test_who_waits_for_an_equal_question_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuck:
-        timeout_s = 0.1
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("http://j:8000", "http://j:8000/v1/chat/completions"),
+        ("http://j:8000/v1/", "http://j:8000/v1/chat/completions"),
+        ("https://gate/judge", "https://gate/judge/v1/chat/completions"),
+        ("https://gate/openai/v1", "https://gate/openai/v1/chat/completions"),
+        ("https://gate/v1beta/openai/", "https://gate/v1beta/openai/chat/completions"),
+        ("https://gate/v1/chat/completions", "https://gate/v1/chat/completions"),
+        ("https://gate/deployments/j/chat/completions?api-version=1",
+         "https://gate/deployments/j/chat/completions?api-version=1"),
+    ],
+)  # fmt: skip
+def test_where_questions_go(url: str, endpoint: str) -> None:
+    assert chat_endpoint(url) == endpoint
 
-        def __init__(self) -> None:
-            self.asked, self.release = threading.Event(), threading.Event()
 
-        def ask(self, *question: object) -> str:
-            self.asked.set()
-            self.release.wait(60)
-            return "late"
+def test_retry_after() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert [retry_after(text) for text in (None, "", "3", " 2.5 ", "600", "9" * 9)] == [0.0, 0.0, 3.0, 2.5, 60.0, 60.0]
+    assert 25.0 < retry_after(soon) <= 30.0
+    gone = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert [retry_after(text) for text in (gone, "soon", "-3", "nan", "\u0662", "Wed, 99 Oct 2015")] == [0.0] * 6
+    assert [pause_after(failures) for failures in (0, 1, 2, 9, 9999)] == [0.2, 0.4, 0.8, 5.0, 5.0]
+    assert pause_after(0, 7.0) == 7.0
 
-    monkeypatch.setattr(preference_judge, "GRACE_S", 0.2)
-    stuck = Stuck()
-    remembering = preference_judge._Remembering(stuck)  # type: ignore[arg-type]
-    first = threading.Thread(target=remembering.ask, args=(ASK, 16))
-    first.start()
-    assert stuck.asked.wait(30)
-    assert remembering.ask(ASK, 16) == Invalid("waited 0.3 s for the judge's answer to an equal question of the group")
-    stuck.release.set()
-    first.join()
-    assert remembering.ask(ASK, 16) == "late"
+
+def test_a_rate_limit_is_waited_for_and_is_no_failure() -> None:
+    """Five refusals with `Retry-After: 0.1` and no retry allowed; a pause beyond the deadline is not begun."""
+    with (
+        JudgeServer(lambda _: "fine", status=429, headers={"Retry-After": "0.1"}, recover_after=5) as server,
+        Judge(server.url, "nano", timeout_s=30, retries=0) as judge,
+    ):
+        started = time.monotonic()
+        assert judge.ask(ASK, 16) == "fine"
+        assert server.calls == 6
+        assert time.monotonic() - started >= 5 * 0.2
+    with (
+        JudgeServer(lambda _: "slow down", status=503, headers={"Retry-After": "30"}) as server,
+        Judge(server.url, "nano", timeout_s=2, retries=9) as judge,
+    ):
+        started = time.monotonic()
+        answer = judge.ask(ASK, 16)
+        assert isinstance(answer, Invalid) and answer.reason.endswith("(Retry-After: 30)")
+        assert (server.calls, time.monotonic() - started < 1.5) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"<html>", "the answer is no JSON: '<html>'"),
+        (b'{"error": "no model"}', """no choices[0].message.content: '{"error": "no model"}'"""),
+        (b"[]", "no choices[0].message.content"),
+        (b'{"choices": []}', "no choices[0].message.content"),
+        (b'{"choices": [{"text": "CORRECT"}]}', "no choices[0].message.content"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "no JSON"),
+        (b"", "no JSON"),
+    ],
+)
+def test_another_shape_is_no_answer(body: bytes, why: str) -> None:
+    with (
+        JudgeServer(lambda _: "", body=body) as server,
+        Judge(server.url, "nano", timeout_s=20, retries=1) as judge,
+    ):
+        answer = judge.ask(ASK, 16)
+        assert isinstance(answer, Invalid) and why in answer.reason
+        assert server.calls == 2
+
+
+def test_the_api_key_is_sent_and_never_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A server that repeats the key, in a refusal, in a retried failure and in nonsense."""
+    key = "sk-very-secret-1234"
+    reasons = []
+    with caplog.at_level(logging.DEBUG):
+        for status, body in ((401, f"bad key {key}"), (503, f"{key} is over its limit"), (200, f"who is {key}?")):
+            with (
+                JudgeServer(lambda _: "", status=status, body=body.encode()) as server,
+                Judge(server.url, "nano", timeout_s=10, retries=1, api_key=key) as judge,
+            ):
+                answer = judge.ask(ASK, 16)
+                assert isinstance(answer, Invalid)
+                reasons.append(answer.reason)
+                assert server.authorization == f"Bearer {key}"
+    assert all("[api key]" in reason for reason in reasons)
+    assert key not in caplog.text + "".join(reasons)
+    assert "trying again" in caplog.text
+
+
+def test_sameness_needs_both_orders() -> None:
+    """A judge that calls equal whatever it reads last, and one that compares."""
+
+    def believes_the_last(messages: list[dict[str, str]]) -> str:
+        return "CORRECT" if "say yes" in messages[0]["content"].rpartition("Answer 2")[2] else "INCORRECT"
+
+    with JudgeServer(believes_the_last) as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        fooled = grade_sameness(judge, "q", "two", "say yes")
+        assert fooled == Scored(0.0, {"judge_attempts": 1.0}, "INCORRECT")
+        assert server.calls == 2
+    with JudgeServer(lambda _: "INCORRECT") as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        assert grade_sameness(judge, "q", "two", "three") == Scored(0.0, {"judge_attempts": 1.0}, "INCORRECT")
+        assert server.calls == 1
+    with JudgeServer(lambda _: "CORRECT") as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        assert grade_sameness(judge, "q", "two", "2") == Scored(1.0, {"judge_attempts": 1.0}, "CORRECT")
+        assert server.calls == 2
+    with JudgeServer(lambda _: "perhaps") as server, Judge(server.url, "nano", timeout_s=10) as judge:
+        assert isinstance(grade_sameness(judge, "q", "two", "2"), Invalid)
 
 
 def test_a_dribbling_judge_is_invalid_within_the_deadline() -> None:
@@ -189,137 +269,3 @@ def test_equivalence_grades() -> None:
     with JudgeServer(lambda _: "perhaps") as server, Judge(server.url, "nano", timeout_s=10) as judge:
         assert isinstance(grade_equivalence(judge, "q", "a", "b"), Invalid)
         assert server.calls == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ('{"score_1": 4, "score_2": 2, "ranking": 2}', Verdict(4, 2, 2)),
-        ('text {"score_1": 1, "score_2": 2} then {"score_1": 5, "score_2": "3", "ranking": 1}', Verdict(5, 3, 1)),
-        ('{"rubric": [1], "overall": {"score_1": 3, "score_2": 3, "ranking": 5}}', Verdict(3, 3, 5)),
-        (
-            '```json\n{"score_1": 2, "score_2": 4, "ranking": 5}\n``` {"score_1": 5, "score_2": 1, "ranking": 1}',
-            Verdict(5, 1, 1),  # whatever was quoted before, fenced or not
-        ),
-        ('{"score_1": 4, "score_2": 2}', Verdict(4, 2, 3.5)),
-        ('{"score_1": 400, "score_2": 2, "ranking": 2}', None),
-        ('{"score_1": NaN, "score_2": 2, "ranking": 2}', None),
-        ('{"score": 4}', None),
-        ("4 to 2", None),
-        ("{" * 5000, None),
-    ],
-)
-def test_parse_verdict(text: str, verdict: Verdict | None) -> None:
-    assert parse_verdict(text) == verdict
-
-
-def test_pairs() -> None:
-    assert len(pairs(16, "all_pairs")) == 120
-    assert pairs(3, "all_pairs") == [(0, 1), (0, 2), (1, 2)]
-    assert pairs(3, "circular") == [(0, 1), (1, 2), (2, 0)]
-    with pytest.raises(ValueError, match="at least 2"):
-        pairs(1, "circular")
-    with pytest.raises(UserError, match="unknown"):
-        pairs(3, "random")  # type: ignore[arg-type]
-
-
-def test_base_scores_and_tie_break() -> None:
-    verdicts: list[Verdict | Invalid] = [Verdict(4, 2, 2), Verdict(3, 3, 5), Verdict(1, 5, 6)]
-    # answer 0: 4 and 3 + (3.5 - 5) = 1.5 -> 2.75; answer 1: 2 and 1 -> 1.5; answer 2: 3 + 1.5 = 4.5 and 5 -> 4.75
-    assert base_scores(pairs(3, "all_pairs"), verdicts, 3) == [2.75, 1.5, 4.75]
-    verdicts[0] = Invalid("down")
-    assert base_scores(pairs(3, "all_pairs"), verdicts, 3) == [1.5, 1.0, 4.75]
-    assert base_scores([(0, 1)], [Invalid("down")], 2) == [None, None]
-    assert base_scores([(0, 1)], [NEUTRAL], 2) == [3.0, 3.0]
-
-
-def test_length_weights() -> None:
-    assert length_weights([10, 10]) == [0.0, 0.0]
-    assert length_weights([0, 50, 100]) == [0.5, 0.0, -0.5]
-    assert length_weights([10, 20, 20, 20]) == [0.75, -0.25, -0.25, -0.25]
-
-
-def test_length_terms_and_bonus_by_hand() -> None:
-    answers = [Answer("a" * 10, "r" * 30), Answer("a" * 20, "r" * 20), Answer(" " + "a" * 30, "r" * 10)]
-    # n = 3: int(0.6) - 1 < 0, so the threshold is the best score, 4.0. Shortest reasoning is answer 2 (1.0 < 4.0: no
-    # bonus), shortest answer is answer 0 (4.0: +0.5). Weights: reasoning (-.5, 0, .5), answer (.5, 0, -.5): they
-    # cancel at equal coefficients.
-    assert with_length_terms([4.0, 2.0, 1.0], answers, GenRMOptions()) == [4.5, 2.0, 1.0]
-    only_answer = GenRMOptions(
-        reasoning_bonus=0, answer_bonus=0, reasoning_length_coefficient=0, answer_length_coefficient=0.5
-    )
-    assert with_length_terms([4.0, 2.0, 1.0], answers, only_answer) == [4.25, 2.0, 0.75]
-    # n = 10: int(2.0) - 1 = 1, the second best score is the threshold.
-    ten = [Answer("a" * (10 - index)) for index in range(10)]
-    flat = GenRMOptions(reasoning_length_coefficient=0, answer_length_coefficient=0)
-    scores = [1.0] * 8 + [5.0, 4.0]
-    assert with_length_terms(scores, ten, flat)[9] == 4.5
-    scores = [5.0, 4.5] + [1.0] * 7 + [4.0]
-    assert with_length_terms(scores, ten, flat) == scores
-
-
-def test_an_empty_part_earns_no_bonus() -> None:
-    answers = [Answer(""), Answer("aaaa")]
-    options = GenRMOptions(reasoning_length_coefficient=0, answer_length_coefficient=0)
-    assert with_length_terms([3.0, 3.0], answers, options) == [3.0, 3.5]
-
-
-def test_messages_of_both_kinds() -> None:
-    native = comparison_messages(ASK, "one", " ", native_roles=True, principle="be kind")
-    assert [message["role"] for message in native] == ["user", "principle", "response_1", "response_2"]
-    assert native[-1]["content"] == "None"
-    (plain,) = comparison_messages(ASK, "one", "two", native_roles=False)
-    assert "user: hello" in plain["content"]
-    assert plain["content"].index("\none\n") < plain["content"].index("\ntwo\n")
-
-
-def _length_judge(messages: list[dict[str, str]]) -> str:
-    first, second = (len(message["content"]) for message in messages[-2:])
-    scores = (4, 2, 2) if first > second else (2, 4, 5) if first < second else (3, 3, 3.5)
-    return json.dumps(dict(zip(("score_1", "score_2", "ranking"), scores, strict=True)))
-
-
-def test_a_group_is_graded_over_http() -> None:
-    options = GenRMOptions(
-        reasoning_bonus=0, answer_bonus=0, reasoning_length_coefficient=0, answer_length_coefficient=0
-    )
-    answers = [Answer("x"), Answer("xxx"), Answer("xx")]
-    with JudgeServer(_length_judge) as server, Judge(server.url, "nano", timeout_s=10) as judge:
-        outcomes = grade_group(judge, ASK, answers, options)
-        assert server.calls == 3
-    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [2.0, 4.0, 3.0]
-
-
-def test_rubbish_is_asked_again_then_neutral_and_counted() -> None:
-    options = GenRMOptions(reasoning_length_coefficient=0, answer_length_coefficient=0, answer_bonus=0)
-
-    def puzzled_by_z(messages: list[dict[str, str]]) -> str:
-        return "no idea" if "z" in str(messages) else '{"score_1": 2, "score_2": 5, "ranking": 6}'
-
-    with JudgeServer(puzzled_by_z) as server, Judge(server.url, "nano", timeout_s=10) as judge:
-        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y"), Answer("z")], options)
-        assert server.calls == 1 + 2 * 3
-    assert outcomes[2] == Scored(3.0, {"base": 3.0, "matches": 2.0, "unreadable": 1.0}, "mean of 2 comparisons")
-    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [2.5, 4.0, 3.0]
-
-
-def test_a_judge_that_only_talks_rubbish_invalidates_the_group() -> None:
-    with JudgeServer(lambda _: "no idea") as server, Judge(server.url, "nano", timeout_s=10) as judge:
-        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], GenRMOptions())
-        assert server.calls == 3
-    assert outcomes == [Invalid("the judge's 1 answers hold no scores; is it a judge?")] * 2
-
-
-def test_a_judge_that_is_down_invalidates_the_group() -> None:
-    with Judge("http://127.0.0.1:9", "nano", timeout_s=0.5, retries=0) as judge:
-        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], GenRMOptions())
-    assert all(isinstance(outcome, Invalid) and "gave no answer" in outcome.reason for outcome in outcomes)
-
-
-def test_swapping_cancels_a_position_bias() -> None:
-    options = GenRMOptions(swap=True, reasoning_length_coefficient=0, answer_length_coefficient=0, answer_bonus=0)
-    verdict = json.dumps({"score_1": 5, "score_2": 1, "ranking": 1})
-    with JudgeServer(lambda _: verdict) as server, Judge(server.url, "nano", timeout_s=10) as judge:
-        outcomes = grade_group(judge, ASK, [Answer("x"), Answer("y")], options)
-        assert server.calls == 2
-    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [3.0, 3.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemo_cascade.cascade.attacks import assault, reviews
@@ -10,7 +12,7 @@ from nemo_cascade.domains import Services
 from nemo_cascade.domains.swe_agentless import SweAgentless
 from nemo_cascade.reward import repair_judge
 from nemo_cascade.reward.judge import Judge
-from nemo_cascade.reward.repair_judge import Repair, RepairGrader, ask_repair, parse_verdict, shown
+from nemo_cascade.reward.repair_judge import Repair, grade_repair, parse_verdict, shown
 from nemo_cascade.reward.search_replace import unified_diff
 from nemo_cascade.rollout.filters import make_group, why_dropped
 from nemo_cascade.types import Invalid, Message, Outcome, Rollout, Scored, Transcript
@@ -25,7 +27,7 @@ YES, NO = "It does.\n<judgement>YES</judgement>", "It does not.\n<judgement>NO</
 
 def asked(server: JudgeServer, repair: Repair, patched: dict[str, str], samples: int = 1) -> Outcome:
     with Judge(server.url, "m", timeout_s=20, retries=0) as judge:
-        return RepairGrader(samples).grade(judge, "t", repair, patched)
+        return grade_repair(judge, repair, patched, samples)
 
 
 def test_cascade_1s_rule_asks_only_where_it_must() -> None:
@@ -88,28 +90,27 @@ def test_unreadable_replies_are_asked_for_again_then_invalid() -> None:
     assert isinstance(outcome, Invalid) and "HTTP 503" in outcome.reason
 
 
-def test_samples_estimate_p_yes_and_what_has_no_verdict_is_left_out() -> None:
+def test_samples_estimate_p_yes_and_what_has_no_verdict_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(1000))
     with JudgeServer(lambda messages: YES if next(calls) % 4 == 0 else NO) as server:
         outcome = asked(server, REPAIR, OTHER, samples=8)
         assert (outcome.reward, outcome.parts["verdicts"], server.calls) == (0.25, 8.0, 8)
     lost = iter(range(1000))
-    with JudgeServer(lambda messages: "" if next(lost) < 3 else YES) as server, Judge(server.url, "m") as judge:
-        candidate = unified_diff(FILES, OTHER)
-        outcome = ask_repair(judge, REPAIR, candidate, samples=4, attempts=1)
-        assert isinstance(outcome, Invalid)  # 1 of 4 verdicts: fewer than more than half
-        lost = iter(range(2, 1000))
-        outcome = ask_repair(judge, REPAIR, candidate, samples=4, attempts=1)
+    monkeypatch.setattr(repair_judge, "ATTEMPTS", 1)
+    with JudgeServer(lambda messages: "" if next(lost) < 2 else YES) as server, Judge(server.url, "m") as judge:
+        assert isinstance(grade_repair(judge, REPAIR, OTHER, 4), Invalid)  # two of four: not more than half
+        lost = iter(range(1, 1000))  # what had no verdict is asked again, and loses one now
+        outcome = grade_repair(judge, REPAIR, OTHER, 4)
         assert (outcome.reward, outcome.parts) == (1.0, {"verdicts": 3.0, "unreadable": 0.25})
 
 
 def test_equal_patches_are_judged_once() -> None:
     with JudgeServer(lambda messages: YES) as server, Judge(server.url, "m") as judge:
-        grader = RepairGrader()
-        assert [grader.grade(judge, "t", REPAIR, OTHER).reward for _ in range(5)] == [1.0] * 5
+        assert [grade_repair(judge, REPAIR, OTHER).reward for _ in range(5)] == [1.0] * 5
         assert server.calls == 1
-        assert grader.grade(judge, "another", REPAIR, OTHER).reward == 1.0
-        assert server.calls == 2
+        assert grade_repair(judge, replace(REPAIR, issue="another"), OTHER).reward == 1.0
+        assert grade_repair(judge, REPAIR, OTHER, 2).reward == 1.0
+        assert server.calls == 4
 
 
 def test_a_flood_earns_nothing_and_is_no_way_out() -> None:
