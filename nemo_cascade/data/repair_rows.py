@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from nemo_cascade.data import rows
 from nemo_cascade.types import Json, UserError
 
-SCRIPTS = ("setup_script", "test_script", "regression_script")
+SCRIPTS = ("test_patch", "setup_script", "test_script", "regression_script")
 MODES = ("eval", "repro-gen")
 """What a row asks for: a patch, or a script that shows the fault."""
 
@@ -38,6 +38,8 @@ def instance_fields(row: Mapping[str, Json], row_id: str, required: Sequence[str
         tests = found[key]
         if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
             raise UserError(f"{where}: field {key!r} must be a list of test names")
+    if row.get("dataset_name") is not None:
+        found["dataset_name"] = rows.field(row, "dataset_name", str, row_id)
     mode = row.get("mode") or MODES[0]
     if mode not in MODES:
         raise UserError(f"{row_id}: field 'mode' is {mode!r}; known: {', '.join(MODES)}")

@@ -3,7 +3,8 @@
 Option `reward` says what decides. `execution`: the patch is applied to the repository and its tests are run,
 FAIL_TO_PASS and PASS_TO_PASS, with the original tests put back. `judge`: a language model says whether it resolves the
 issue (section 4.8.1; `reward.repair_judge`). `similarity`: how much its changed lines resemble the known repair's.
-Released rows have their repositories in container images; where those cannot run, `without_image` decides.
+Released rows have their repositories in container images or clones (option `runtime`, `reward.row_scripts`); where
+those cannot run, `without_image` decides.
 
 Prompts come with the rows, or are made from a row's repository (option `prompts`): with the files that the known repair
 changes, with retrieved ones, or a task of each kind.
@@ -20,6 +21,7 @@ from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, un
 from nemo_cascade.reward.nano_repository import OPERATORS, NanoRepository, make_repository, wrong_lines
 from nemo_cascade.reward.repair_judge import Repair, grade_repair
 from nemo_cascade.reward.repository_grader import RepositoryGrader, repository_task
+from nemo_cascade.reward.row_containers import RUNTIMES, RowContainers
 from nemo_cascade.reward.search_replace import (
     BadEdit,
     Edit,
@@ -40,6 +42,7 @@ CHOICES = {
     "reward": ("execution", "judge", "similarity"),
     "without_image": ("invalid", "judge", "similarity"),
     "prompts": ("row", "golden", "retrieved", "both"),
+    "runtime": ("none", "auto", *RUNTIMES),
 }
 
 
@@ -50,7 +53,8 @@ class SweAgentless(SingleTurn):
     `without_image`: what takes the place of execution for rows whose repository cannot run here: `invalid`, `judge` or
     `similarity`. `judge_samples`: verdicts of the judge that are averaged. `prompts`: the row's own (`row`), or made
     from its `repository_files`: `golden`, `retrieved` or `both`, with up to `shown_files` files in an order by
-    `prompt_seed`. `min_prompt_tokens`: shorter prompts are dropped and counted.
+    `prompt_seed`. `min_prompt_tokens`: shorter prompts are dropped and counted. `runtime`: how the repositories of
+    rows run; docs/swe_agentless.md has its options.
     """
 
     name = "swe_agentless"
@@ -63,6 +67,14 @@ class SweAgentless(SingleTurn):
         "shown_files": 5,
         "prompt_seed": 1,
         "min_prompt_tokens": 0,
+        "runtime": "none",
+        "repositories": "",  # a folder with clones: owner__name or the instance's id
+        "images": "",  # a folder with SIF files, for apptainer
+        "packages": "",  # bubblewrap: the folder of packages that tests see; "": the running interpreter's
+        "tests_timeout_s": 1200.0,
+        "start_timeout_s": 300.0,
+        "memory_mb": 32768,
+        "cpus": 4.0,
     }
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
@@ -75,6 +87,9 @@ class SweAgentless(SingleTurn):
             if int(self.options[key]) < 1:
                 raise UserError(f"data.options.swe_agentless.{key}: {self.options[key]!r} is below 1")
         self.grader = RepositoryGrader(self.services.code_sandbox)
+        self.containers = RowContainers(self.options, self.services)
+        if self.options["runtime"] != "none":
+            self.verdict_deadline_s = self.containers.deadline_s
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """`Fix cat(5)==3.` and one or two files of one-line functions, one with a wrong operator."""
@@ -158,20 +173,38 @@ class SweAgentless(SingleTurn):
         files = truth.get("files", truth.get("shown_files"))
         how = self.options["reward"]
         if how == "execution" and "files" not in truth:
+            missing = self.containers.missing(truth)
+            if not missing:
+                return self._run(task, content, files)
             how = self.options["without_image"]
-        unscored = _unscored(task, str(how), files)
+            if how == "invalid":
+                return Invalid(f"{truth['instance_id']}: {missing}")
+        unscored = _unscored(task, files)
         if unscored is not None:
             return unscored
         try:
             patched = _patched(files, content)
         except BadEdit as error:
-            return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
+            return self._unreadable(error)
         if how == "judge":
             samples = int(self.options["judge_samples"])
             return _applied(grade_repair(self.services.repair_judge, _repair(task, files), patched, samples))
         if how == "similarity":
             return _similar(task, _repair(task, files), patched)
         return _applied(self.grader.grade(task.id, repository_task(truth), patched))
+
+    def _unreadable(self, error: BadEdit) -> Scored:
+        return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
+
+    def _run(self, task: Task, content: str, files: Mapping[str, str]) -> Outcome:
+        """The verdict of a row's own scripts, in a container with its repository."""
+        if task.truth["mode"] == "repro-gen":
+            return self.containers.grade_reproduction(task.truth, content)
+        try:
+            patched = _patched(files, content)
+        except BadEdit as error:
+            return self._unreadable(error)
+        return _applied(self.containers.grade_repair(task.truth, files, patched))
 
     def cases(self) -> list[Case]:
         """A right patch in its forms, patches that miss, and the usual hacks."""
@@ -185,14 +218,9 @@ def _patched(files: Mapping[str, str], content: str) -> dict[str, str]:
     return apply_edits(files, parse_edits(content))
 
 
-def _unscored(task: Task, how: str, files: Mapping[str, str] | None) -> Invalid | None:
-    """Why a task cannot be scored in this way, with the remedy; None when it can."""
+def _unscored(task: Task, files: Mapping[str, str] | None) -> Invalid | None:
+    """Why a task cannot be scored without running it, with the remedy; None when it can."""
     name = str(task.truth.get("instance_id", task.id))
-    if how == "invalid":
-        return Invalid(
-            f"{name}: this row's repository lives in a container image, which cannot run here; without_image: judge or "
-            "similarity scores its patches without running them"
-        )
     if task.truth.get("mode") == "repro-gen":
         return Invalid(f"{name}: mode repro-gen asks for a script, which only running it can score; drop such rows")
     if not files:

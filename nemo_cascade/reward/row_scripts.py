@@ -13,73 +13,43 @@ that recognise the repair instead of its effect.
 
 from __future__ import annotations
 
+import base64
 import re
+import secrets
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Protocol
 
-from nemo_cascade.data.repair_prompts import changed_paths, is_test
 from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.runtimes import Container, Ran
 from nemo_cascade.reward.search_replace import solution_part, unified_diff
+from nemo_cascade.reward.swe.patch import apply_command, model_patch_command, touched
 from nemo_cascade.types import Invalid, Json, Outcome, Scored
 
 OUTPUT_BYTES = 16 << 20
 GIT_SECONDS = 60.0
-SCRIPT = "/tmp/row_script.sh"
 REPRODUCTION = "reproduce_bug_1.py"
-SETTINGS = frozenset((
-    *("conftest.py", "sitecustomize.py", "usercustomize.py", "setup.cfg", "pyproject.toml", "tox.ini"),
-    *("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"),
-))  # fmt: skip
-"""Files that decide how tests run: a patch may change them, and its tests run without that."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _HEADER = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
 _WORST = ("PASSED", "XFAIL", "XPASS", "FAILED", "ERROR")
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
-
-class Ran(Protocol):
-    """What became of a command; `code` is None when its time ran out."""
-
-    @property
-    def code(self) -> int | None:
-        """The exit status."""
-
-    @property
-    def stdout(self) -> bytes:
-        """Standard output, cut at the asked number of bytes."""
-
-    @property
-    def stderr(self) -> bytes:
-        """Standard error, cut likewise."""
-
-
-class Container(Protocol):
-    """A started container; commands run in the folder of its repository. What a runtime gives has this shape."""
-
-    def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
-        """Run a command."""
-
-    def write(self, path: str, content: bytes) -> None:
-        """Create or replace a file."""
-
-    def stop(self) -> None:
-        """End it and everything in it."""
-
+RUN = 'f=$(mktemp); cat > "$f"; bash "$f" </dev/null; code=$?; rm -f "$f"; exit $code'
+"""Runs the script on standard input, and what it starts without one. One command, for there are runtimes where only the
+repository outlives a command.
+"""
 
 Start = Callable[[], Container]
 """A fresh container with the repository at its base commit."""
 
 
-@dataclass(frozen=True)
 class _Failed(Exception):
     """Why there is no summary. `ours`: the row or the machine is at fault, or time ran out; else the patch is."""
 
-    reason: str
-    ours: bool
+    def __init__(self, reason: str, ours: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.ours = reason, ours
 
 
 def grade_repair(
@@ -87,16 +57,15 @@ def grade_repair(
 ) -> Outcome:
     """The reward of a patch: 1 when all tests of the row pass, else 0; Invalid where the tests could not be asked.
 
-    `files` and `patched` are the shown files before and after the answer. Each of at most two runs of a script may take
-    `seconds`.
+    `files` and `patched` are the shown files before and after the answer. Each of at most two runs of the tests may
+    take `seconds`.
     """
-    kept = _without_settings(truth, files, patched)
-    if kept == dict(files):
-        return _zero("nothing but tests and their settings changed")
     wanted = {key: [str(test) for test in truth[key]] for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     if not wanted["FAIL_TO_PASS"] or not truth.get("setup_script") or not truth.get("test_script"):
         return Invalid(f"{truth['instance_id']}: the row has no FAIL_TO_PASS, setup_script or test_script; drop it")
-    diff = unified_diff(files, kept)
+    if dict(files) == dict(patched):
+        return _zero("the patch changes nothing")
+    diff = unified_diff(files, patched).encode("utf-8", "surrogateescape")
     try:
         statuses, texts = _tested(start, truth, diff, seconds, {})
         outcome = judged(wanted, statuses)
@@ -118,12 +87,12 @@ def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, se
     if not truth.get("regression_script"):
         return Invalid(f"{truth['instance_id']}: the row has no regression_script; drop it")
     codes: list[int] = []
-    for patch in ("", str(truth["patch"])):
+    for gold in (b"", str(truth["patch"]).encode()):
         try:
-            with _running(start, truth, patch) as container:
+            with _running(start, apply_command(), gold) as container:
                 container.write(REPRODUCTION, fences[-1].encode("utf-8", "replace"))
                 script = f"{truth['regression_script']}\ntimeout -s KILL {seconds:g} python {REPRODUCTION}\n"
-                ran = _script(container, script, 2.0 * seconds)
+                ran = _run(container, script, 2.0 * seconds)
         except _Failed as failed:
             return Invalid(f"{truth['instance_id']}: {failed.reason}")
         if ran.code is None:
@@ -157,28 +126,11 @@ def read_summary(log: str) -> dict[str, str]:
 
 def _status(test: str, statuses: Mapping[str, str]) -> str:
     """A test's status, "" without one. Rows cut ids at their first blank; such an id stands for all that begin so."""
-    if test in statuses:
-        return statuses[test]
+    for name in (test, test.partition(" - ")[0]):  # a summary's reason begins like this, but so may parameters go on
+        if name in statuses:
+            return statuses[name]
     alike = [status for name, status in statuses.items() if name.partition(" ")[0] == test]
     return max(alike, key=_WORST.index, default="")
-
-
-def _without_settings(
-    truth: Mapping[str, Json], files: Mapping[str, str], patched: Mapping[str, str]
-) -> dict[str, str]:
-    """The patched files, with those that decide how they are tested as they were."""
-    try:
-        tests = set(changed_paths(str(truth.get("test_patch", ""))))
-    except ValueError:
-        tests = set()
-    kept = {}
-    for path in {**files, **patched}:
-        name = PurePosixPath(path).name
-        held = path in tests or is_test(path) or name in SETTINGS or name.endswith(".pth")
-        source = files if held else patched
-        if path in source:
-            kept[path] = source[path]
-    return kept
 
 
 def _zero(reason: str) -> Scored:
@@ -186,40 +138,60 @@ def _zero(reason: str) -> Scored:
 
 
 def _tested(
-    start: Start, truth: Mapping[str, Json], diff: str, seconds: float, changed: Mapping[str, str]
+    start: Start, truth: Mapping[str, Json], diff: bytes, seconds: float, changed: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(the statuses of the row's tests with a patch and with these test files, the texts of the test files)."""
-    with _running(start, truth, diff) as container:
-        ready = _script(container, str(truth["setup_script"]), seconds)
-        if ready.code != 0:
-            raise _Failed("setup_script fails with this patch only", not _sets_up(start, truth, seconds))
-        texts = {}
-        for path in dict.fromkeys(str(test).partition("::")[0] for test in truth["FAIL_TO_PASS"]):
-            shown = container.run(["cat", "--", path], GIT_SECONDS, b"", OUTPUT_BYTES)
-            if shown.code == 0:
-                texts[path] = shown.stdout.decode("utf-8", "replace")
-        for path, text in changed.items():
-            container.write(path, text.encode("utf-8", "replace"))
-        ran = _script(container, str(truth["test_script"]), seconds)
+    paths = list(dict.fromkeys(str(test).partition("::")[0] for test in truth["FAIL_TO_PASS"]))
+    mark = secrets.token_hex(16)
+    with _running(start, model_patch_command([*touched(_bytes(truth, "test_patch")), *paths]), diff) as container:
+        ran = _run(container, _script(truth, paths, changed, mark), seconds)
     if ran.code is None:
         raise _Failed(f"the tests did not end within {seconds:g} s", ours=True)
-    return read_summary(ran.stdout.decode("utf-8", "replace")), texts
+    before, _, log = ran.stdout.decode("utf-8", "replace").partition(f"{mark} tests\n")
+    texts = before.split("\n")[:-1]
+    if len(texts) != len(paths):
+        if _sets_up(start, truth, seconds):
+            raise _Failed("setup_script fails with this patch only", ours=False)
+        raise _Failed("setup_script fails without a patch, too", ours=True)
+    found = {path: base64.b64decode(text).decode("utf-8", "replace") for path, text in zip(paths, texts, strict=True)}
+    return read_summary(log), found
+
+
+def _script(truth: Mapping[str, Json], paths: Sequence[str], changed: Mapping[str, str], mark: str) -> str:
+    """The row's setup, then on standard output a line with each test file, a mark, and the log of the row's tests.
+
+    The texts are taken before any test runs, so that code under test cannot change what the control run is made of.
+    """
+    lines = [_part("setup", str(truth["setup_script"]), mark), 'bash "$f.setup" </dev/null >&2 || exit 1']
+    lines += [f"(base64 --wrap=0 {shlex.quote(path)} 2>/dev/null || true) && echo" for path in paths]
+    for path, text in changed.items():
+        lines.append(f"cat > {shlex.quote(path)} <<'{mark}'\n{text}{mark}")
+    return "\n".join([*lines, _part("test", str(truth["test_script"]), mark), f"echo '{mark} tests'", 'bash "$f.test"'])
+
+
+def _part(name: str, script: str, mark: str) -> str:
+    return f"f=${{f:-$(mktemp)}}; cat > \"$f.{name}\" <<'{mark}'\n{script}\n{mark}"
+
+
+def _bytes(truth: Mapping[str, Json], key: str) -> bytes:
+    return str(truth.get(key, "")).encode("utf-8", "replace")
 
 
 def _sets_up(start: Start, truth: Mapping[str, Json], seconds: float) -> bool:
     """Whether setup_script works without a patch: then it was the patch that broke it."""
-    with _running(start, truth, "") as container:
-        return _script(container, str(truth["setup_script"]), seconds).code == 0
+    with _running(start, [], b"") as container:
+        return _run(container, str(truth["setup_script"]), seconds).code == 0
 
 
 @contextmanager
-def _running(start: Start, truth: Mapping[str, Json], diff: str) -> Iterator[Container]:
-    """A fresh container with a patch applied."""
+def _running(start: Start, command: Sequence[str], diff: bytes) -> Iterator[Container]:
+    """A fresh container with a patch applied, but for what the command leaves out."""
     container = start()
     try:
         if diff:
-            apply = ["git", "-c", "core.hooksPath=/dev/null", "apply", "--whitespace=nowarn", "-"]
-            done = container.run(apply, GIT_SECONDS, diff.encode("utf-8", "surrogateescape"))
+            if not container.run([*command[:-1], "--numstat", "-"], GIT_SECONDS, diff).stdout.strip():
+                raise _Failed("nothing but tests and their settings changed", ours=False)
+            done = container.run(command, GIT_SECONDS, diff)
             if done.code != 0:
                 said = " ".join(done.stderr.decode("utf-8", "replace").split())[-150:]
                 raise _Failed(f"the shown files are not those of the image: {said}", ours=True)
@@ -228,6 +200,5 @@ def _running(start: Start, truth: Mapping[str, Json], diff: str) -> Iterator[Con
         container.stop()
 
 
-def _script(container: Container, script: str, seconds: float) -> Ran:
-    container.write(SCRIPT, script.encode("utf-8", "replace"))
-    return container.run(["bash", SCRIPT], seconds, b"", OUTPUT_BYTES)
+def _run(container: Container, script: str, seconds: float) -> Ran:
+    return container.run(["bash", "-c", RUN], seconds, script.encode("utf-8", "replace"), OUTPUT_BYTES)
