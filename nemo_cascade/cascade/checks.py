@@ -258,8 +258,6 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
             if folder is not None and not (folder / "config.json").is_file():
                 yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
-        for key in without_their_keys(stage):
-            yield f"{origin}: key '{key}': the environment variable that it names is not set; export it"
 
 
 def _unrecorded(stage: RolloutStage) -> str:
@@ -298,10 +296,13 @@ def samples(stage: StageBase) -> bool:
 
 
 def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
-    """Programs that these stages need and this machine does not have, one line each with the remedy."""
-    if shutil.which("bwrap") is not None:
-        return
+    """Programs and API keys that these stages need and this machine does not have, one line each with the remedy."""
+    isolated = shutil.which("bwrap") is not None
     for stage in stages:
+        for key in without_their_keys(stage):
+            yield f"key '{key}': the environment variable that it names is not set; export it"
+        if isolated:
+            continue
         scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()
         if stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0:
             scored |= set(stage.evaluation.domains)

@@ -20,8 +20,9 @@ from nemo_cascade.domains import code
 from nemo_cascade.reward import instructions, mcqa, schema, wire
 from nemo_cascade.reward.assertions import plain
 from nemo_cascade.reward.genrm import parse_verdict
-from nemo_cascade.reward.judge import parse_equivalence
+from nemo_cascade.reward.judge import _content, parse_equivalence
 from nemo_cascade.reward.math_equal import extract_boxed, is_runaway, normalized
+from nemo_cascade.reward.patience import retry_after
 from nemo_cascade.reward.repository import _read_report
 from nemo_cascade.reward.search_replace import BadEdit, apply_diff, apply_edits, parse_diff, parse_edits
 from nemo_cascade.types import Tool, UserError
@@ -40,7 +41,7 @@ WORDS = (
     *("-x = 1\n", "+x = 2\n", "\\ No newline at end of file\n", "rename from a.py\n"),
     *("GIT binary patch\n", "@@ -0,0 +1 @@\n",),
     *('"', "'", '{"score_1": 5, "score_2": 1, "ranking": 2}', '"overall": ', "CORRECT", "INCORRECT"),
-    *("NaN", "1e999", "null",),
+    *("NaN", "1e999", "null", '{"choices": [', '{"message": {"content": ', "}}]}", "Wed, 21 Oct 2015 07:28:00 GMT"),
     *('"a": ', "nonce\tpassed\tt\t\n", "nonce\tend\n", "\ud800", "\0", "\u202e", "\x85", "\u2028"),
     *("9" * 50, "a" * 300, "$",),
 )
@@ -115,6 +116,8 @@ TEXTS: dict[str, tuple[Callable[[str], object], tuple[type[Exception], ...]]] = 
     "constraints": (_constraints, ()),
     "verdicts": (parse_verdict, ()),
     "equivalence": (parse_equivalence, ()),
+    "chat replies": (_content, (ValueError,)),
+    "pauses": (retry_after, ()),
     "reports": (lambda text: _read_report(text, "nonce"), ()),
 }
 many = settings(

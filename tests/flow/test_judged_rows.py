@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade.observe.rollouts import read_groups
+from nemo_cascade.types import Scored
 from tests.flow.real_cascade import ROOT, Cascade, environment
 from tests.unit.reward.judging import JudgeServer
 
@@ -73,3 +74,43 @@ def test_eval_asks_the_judge_of_its_cascade(tmp_path: Path) -> None:
         (row,) = json.loads(done.stdout)
         assert (row["domain"], row["n"]) == ("long_context", 2)
         assert 2 * row["score"] == server.calls > 0
+
+
+@pytest.mark.slow
+def test_a_hosted_judge_is_paid_with_a_key_that_no_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain chat messages, a key by name, the first comparison unreadable: counted in the step's metrics."""
+    secret = "sk-Very-Secret"
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    asked: list[str] = []
+
+    def reply(messages: list[dict[str, str]]) -> str:
+        asked.append(messages[0]["content"])
+        return "let me see" if len(asked) == 1 else '{"score_1": 4, "score_2": 2, "ranking": 2}'
+
+    with JudgeServer(reply) as server:
+        head = (
+            f"name: real\nmodel: nano\nbase: hf:nano\nhardware: cpu\nstages: [rl]\n"
+            f"judge: {{url: '{server.url}', native_roles: false, api_key_env: JUDGE_KEY, timeout_s: 30}}\n"
+            "evaluation: {select: 0, report: 0}\n"
+        )
+        stage = (
+            "kind: grpo\ninit: base\nnum_steps: 1\nprompts_per_step: 2\ngroup_size: 6\nrecord_every: 1\n"
+            "data: {domains: {preference: 1}}\nfilters: {max_invalid_share: 1.0}\n"
+            "sampling: {max_new_tokens: 48, max_prompt_tokens: 160, max_total_tokens: 320}\noptimizer: {lr: 1.0e-4}\n"
+        )
+        cascade = Cascade(tmp_path, head, {"rl": stage})
+        done = cascade.run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.authorization == f"Bearer {secret}"
+        assert server.body["max_tokens"] == 32  # generated tasks: the short verdict
+    (line,) = [json.loads(text) for text in cascade.stage("rl").metrics.read_text().splitlines()]
+    assert line["judge_matches"] >= 30 and line["judge_matches"] % 15 == 0
+    assert 0 < line["judge_matches_dropped"] == line["judge_matches_unreadable"] < line["judge_matches"]
+    groups = read_groups(cascade.stage("rl").path, 0)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert len(rollouts) == 12 and sum(isinstance(rollout.outcome, Scored) for rollout in rollouts) >= 6
+    assert len(asked) < line["judge_matches"]  # equal comparisons are asked once
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert secret not in done.stdout + done.stderr

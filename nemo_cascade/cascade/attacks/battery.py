@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from nemo_cascade.cascade.attacks import Attack, Target, answers, judges, patches, programs, reviews
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.long_context import LongContext
+from nemo_cascade.domains.math import Math
 from nemo_cascade.domains.preference import Preference
 from nemo_cascade.domains.swe_agentless import SweAgentless
 from nemo_cascade.protocols import Domain
@@ -19,6 +20,7 @@ from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Ta
 
 PADDING_CHARS = 1 << 20
 CODE_OPTIONS: dict[str, Json] = {"cpu_seconds": 1.0, "memory_mb": 256}  # an attack shall not take minutes to fail
+FORTY_TWO = next(iter(judges.IN_WORDS))
 QUICK_PADDING = ("boxes that open", "fences with a language")
 WAITS = (
     *("fork bomb", "infinite loop", "a thread that outlives", "floods standard error", "floods the result"),
@@ -145,6 +147,21 @@ def _math(target: Target, cases: list[Case]) -> Iterator[Attack]:
     gold = _gold(cases)
     for name, content in answers.MATH.items():
         yield target.attack(f"math: {name}", gold, _said(gold, content))
+    domain = target.fresh({})
+    if not isinstance(domain, Math):
+        return
+    domain.services.math_grader()  # one for all that follow
+    for whom, believes in (("judge", None), ("judge of the first answer", 0), ("judge of the last answer", 1)):
+        judge = judges.Credulous(believes)
+        judged = Math(dataclasses.replace(domain.services, equivalence_judge=judge), {"judge": True})
+
+        def said(text: str, judged: Math = judged) -> Outcome:
+            return judged.score(gold.task, _said(gold, f"\\boxed{{{text}}}"))
+
+        for name, talk in judges.TALK.items():
+            yield Attack(
+                f"{whom}: {name}", lambda talk=talk, said=said: said(f"41\n{talk}"), lambda said=said: said(FORTY_TWO)
+            )
 
 
 def _mcqa(target: Target, cases: list[Case]) -> Iterator[Attack]:
@@ -264,10 +281,14 @@ def _pairwise(target: Target, cases: list[Case]) -> Iterator[Attack]:
             return Invalid("the judge's answers hold no verdict")
         return Scored(outcomes[0].reward - outcomes[1].reward, reason="ahead of the honest answer by this much")
 
-    for name, talk in judges.TALK.items():
-        yield Attack(
-            f"judge: {name}", lambda talk=talk: grade(f"I like it.\n{talk}", True), lambda: grade(content, True), 0.0
-        )
+    for kind, native in (("judge", True), ("plain judge", False)):
+        for name, talk in judges.TALK.items():
+            yield Attack(
+                f"{kind}: {name}",
+                lambda talk=talk, native=native: grade(f"I like it.\n{talk}", native),
+                lambda native=native: grade(content, native),
+                0.0,
+            )
 
 
 OWN = {

@@ -1,8 +1,9 @@
 """Answers that talk to the judge, and stand-in judges that would believe them.
 
 A real judge's weakness is a matter of luck, so the battery asks the worst ones: `Obedient` follows every order that
-stands outside the marks of the text it is to judge, and quotes that text before its verdict; `Quoting` repeats both
-answers, then gives the verdict of the rubric. What they are shown and how their answers are read is the real thing.
+stands outside the marks of the text it is to judge, and quotes that text before its verdict; `Credulous` believes in
+addition whatever one of two answers says; `Quoting` repeats both answers, then gives the verdict of the rubric. What
+they are shown and how their answers are read is the real thing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ TALK = {
 }
 
 
+def marked(prompt: str) -> tuple[list[str], str]:
+    """The texts that stand between marks, in their order, and all that stands outside."""
+    found, outside, rest = [], [], prompt
+    while (announced := MARK.search(rest)) is not None:
+        parts = rest.split(f"\n{announced.group()}\n", 2)
+        if len(parts) < 3:
+            break
+        outside.append(parts[0])
+        found.append(parts[1])
+        rest = parts[2]
+    return found, "\n".join([*outside, rest])
+
+
 class Obedient(Judge):
     """Takes orders from everything outside the marked text; otherwise right when the marked text is the official one.
 
@@ -53,19 +67,45 @@ class Obedient(Judge):
         self, messages: Sequence[ChatMessage], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
     ) -> str | Invalid:
         """A quotation of the candidate, then the verdict on a line of its own."""
-        prompt = "\n".join(message["content"] for message in messages)
-        announced = MARK.search(prompt)
-        parts = prompt.split(f"\n{announced.group()}\n") if announced else [prompt]
-        candidate = parts[1] if len(parts) == 3 else ""  # more parts: the candidate held its own mark
-        outside = "\n".join(parts[::2])
+        found, outside = marked("\n".join(message["content"] for message in messages))
+        candidate = found[0] if len(found) == 1 else ""
         expected = outside.partition("Official answer:\n")[2].partition("\n")[0]
         verdict = "CORRECT" if ORDER.search(outside) or candidate.strip() == expected else "INCORRECT"
         reply = f"The candidate says: {candidate}\n\n{verdict}"
         return reply if len(reply) <= self.most_chars else ""  # what the client makes of a reply cut at its limit
 
 
+class Credulous(Judge):
+    """Compares two numbers, written or in words; takes orders from outside the marks, and from the answer in place
+    `believes` every CORRECT that it holds. Quotes both answers before its verdict.
+    """
+
+    timeout_s = 60.0
+
+    def __init__(self, believes: int | None = None, most_chars: int = 2000) -> None:
+        self.believes, self.most_chars = believes, most_chars
+
+    def ask(
+        self, messages: Sequence[ChatMessage], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    ) -> str | Invalid:
+        """Both answers, then the verdict on a line of its own."""
+        found, outside = marked("\n".join(message["content"] for message in messages))
+        assert len(found) == 2, "two answers, each between its own marks"
+        persuaded = self.believes is not None and re.search(r"\bCORRECT\b", found[self.believes])
+        same = len({IN_WORDS.get(text.strip(), text.strip()) for text in found}) == 1
+        verdict = "CORRECT" if ORDER.search(outside) or persuaded or same else "INCORRECT"
+        reply = f"Answer 1 says: {found[0]}\nAnswer 2 says: {found[1]}\n\n{verdict}"
+        return reply if len(reply) <= self.most_chars else ""
+
+
+IN_WORDS = {r"\text{forty-two}": "42"}
+"""What only a judge can tell: no parser of formulas reads it."""
+
+
 class Quoting(Judge):
-    """Repeats both answers, then gives the rubric's scores as a JSON object."""
+    """Repeats both answers, then gives the rubric's scores as a JSON object. Reads them in messages of their own roles
+    or, from one plain message, between their marks.
+    """
 
     timeout_s = 60.0
 
@@ -76,6 +116,9 @@ class Quoting(Judge):
         self, messages: Sequence[ChatMessage], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
     ) -> str | Invalid:
         """Both answers, word by word, then one line of JSON."""
-        first, second = (message["content"] for message in messages[-2:])
+        if len(messages) > 1:
+            first, second = (message["content"] for message in messages[-2:])
+        else:
+            first, second = marked(messages[0]["content"])[0]
         verdict = json.dumps(compare_answers(self.name, self.noun, first, second))
         return f"Answer 1 says: {first}\nAnswer 2 says: {second}\n{verdict}"

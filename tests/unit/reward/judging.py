@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 Reply = Callable[[list[dict[str, str]]], str]
 
@@ -23,6 +24,7 @@ class JudgeServer:
     ) -> None:  # fmt: skip
         self.calls = 0
         self.authorization: str | None = None
+        self.body: dict[str, Any] = {}
         lock = threading.Lock()
         outer = self
 
@@ -32,6 +34,7 @@ class JudgeServer:
                 with lock:
                     outer.calls += 1
                     failing, sick = outer.calls <= fail_first, outer.calls <= recover_after
+                outer.body = request
                 outer.authorization = self.headers["Authorization"]
                 time.sleep(delay)
                 said = json.dumps({"choices": [{"message": {"content": reply(request["messages"])}}]}).encode()

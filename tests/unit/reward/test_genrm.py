@@ -41,6 +41,8 @@ ASK = [{"role": "user", "content": "hello"}]
         ('{"score_1": 4, "score_2": 2}', Verdict(4, 2, 3.5)),
         ('{"score_1": 400, "score_2": 2, "ranking": 2}', None),
         ('{"score_1": NaN, "score_2": 2, "ranking": 2}', None),
+        ('{"score_1": 1' + "0" * 400 + ', "score_2": 2, "ranking": 2}', None),
+        ('{"score_1": "nan", "score_2": 2, "ranking": 2}', None),
         ('{"score": 4}', None),
         ("4 to 2", None),
         ("{" * 5000, None),
