@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import signal
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ class BubblewrapContainer:
 
 def _ran(result: RunResult) -> Ran:
     late = result.status in ("wall_time", "cpu_time")
-    code = None if late else result.exit_code
+    code = None if late else -signal.SIGKILL if result.status == "output" else result.exit_code
     outputs = [text.encode("utf-8", "surrogateescape") for text in (result.stdout, result.stderr)]
     return Ran(code, outputs[0], outputs[1], result.status == "memory")
 
