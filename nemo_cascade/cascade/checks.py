@@ -21,6 +21,7 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
+from nemo_cascade.reward.runtimes import INSTALL as ENGINE_INSTALL
 from nemo_cascade.rollout import trtllm
 from nemo_cascade.types import NO_CHOICE, UserError
 
@@ -296,9 +297,13 @@ def samples(stage: StageBase) -> bool:
 
 def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
     """Programs that these stages need and this machine does not have, one line each with the remedy."""
-    if shutil.which("bwrap") is not None:
-        return
     for stage in stages:
+        engine = str(stage.data.options.get("swe_agentic", {}).get("runtime"))
+        if engine in ENGINE_INSTALL and shutil.which(engine) is None:
+            remedy = ENGINE_INSTALL[engine]
+            yield f"key 'data.options.swe_agentic.runtime': {engine} is not installed; {remedy}"
+        if shutil.which("bwrap") is not None:
+            continue
         scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()
         if stage.evaluation is not None and stage.evaluation.select + stage.evaluation.report > 0:
             scored |= set(stage.evaluation.domains)

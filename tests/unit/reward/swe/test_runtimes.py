@@ -23,7 +23,7 @@ from nemo_cascade.reward.repository import git
 from nemo_cascade.reward.runtimes import ContainerLost, Machine, Place, Runtime
 from nemo_cascade.reward.runtimes.docker import DockerRuntime
 from nemo_cascade.reward.sandbox import File
-from nemo_cascade.types import Invalid, Scored, UserError
+from nemo_cascade.types import Invalid, Scored, Transcript, UserError
 from tests.unit.domains.swe_rows import DONE, FAULT, REPAIR, edit, play, repository, row, turn
 from tests.unit.reward.swe import engine_standin
 
@@ -240,6 +240,22 @@ def test_a_rollout_in_an_image(name: str, engines: Path) -> None:
         assert isinstance(outcome, Scored) and outcome.reward == 0.0
     finally:
         services.close()
+    assert left_behind(engines) == []
+
+
+def test_memory_that_ran_out_is_no_verdict(engines: Path) -> None:
+    """In the agent's container or in that of the tests; the rollout was resolved in both cases."""
+    domain = SweAgentic(Services(), {"runtime": "docker", "image": IMAGE, "memory_mb": 2048})
+    task = domain.parse_row(row("HEAD"), "rows:1")
+    repair = edit(FAULT, REPAIR)
+    episode = domain.begin(task)
+    said = (repair, *(episode.reply(repair) or ()), DONE)
+    assert episode.reply(DONE) is None
+    episode.close()
+    (engines / "oom").touch()
+    assert domain.score(task, Transcript(said)) == Invalid("the tests ran out of memory")
+    outcome, _ = play(domain, task, [repair, DONE])
+    assert outcome == Invalid("the rollout's container ran out of memory")
     assert left_behind(engines) == []
 
 
