@@ -21,11 +21,14 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
+from nemo_cascade.reward.runtimes import INSTALL as ENGINE_INSTALL
 from nemo_cascade.rollout import trtllm
 from nemo_cascade.types import NO_CHOICE, UserError
 
 SANDBOXED = ("code", "swe_agentless", "swe_agentic")
 """Domains whose reward runs what the model wrote."""
+CONTAINED = ("swe_agentless", "swe_agentic")
+"""Domains whose rows may run in containers of an engine."""
 
 
 def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
@@ -301,6 +304,11 @@ def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
     for stage in stages:
         for key in without_their_keys(stage):
             yield f"key '{key}': the environment variable that it names is not set; export it"
+        for domain in CONTAINED:
+            engine = str(stage.data.options.get(domain, {}).get("runtime"))
+            if engine in ENGINE_INSTALL and shutil.which(engine) is None:
+                remedy = ENGINE_INSTALL[engine]
+                yield f"key 'data.options.{domain}.runtime': {engine} is not installed; {remedy}"
         if isolated:
             continue
         scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()

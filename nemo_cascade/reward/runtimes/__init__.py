@@ -17,6 +17,11 @@ WORK = "/testbed"  # where the images of SWE-Gym, R2E-Gym and SWE-bench keep the
 GRACE_S = 15.0  # beyond a command's own limit, before the host ends it
 ENGINES = ("docker", "podman", "apptainer")
 NAMES = ("bubblewrap", *ENGINES)
+INSTALL = {
+    "docker": "see https://docs.docker.com/engine/install",
+    "podman": "run `apt-get install -y podman`",
+    "apptainer": "see https://apptainer.org/docs/admin/latest/installation.html",
+}
 
 
 class ContainerLost(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import signal
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class BubblewrapRuntime:
 
     def __init__(self, machine: Machine, packages: str = "") -> None:
         self.machine, self._packages = machine, packages
+        self._running: set[BubblewrapContainer] = set()
 
     @cached_property
     def packages(self) -> Path:
@@ -70,10 +72,18 @@ class BubblewrapRuntime:
             raise ContainerLost(f"bubblewrap: {error}") from error
         if not session.alive:
             raise ContainerLost("bubblewrap: the sandbox did not start or did not take its files")
-        return BubblewrapContainer(session, self.machine, self.packages)
+        container = BubblewrapContainer(session, self)
+        self._running.add(container)
+        return container
+
+    def forget(self, container: BubblewrapContainer) -> None:
+        """A container has been stopped."""
+        self._running.discard(container)
 
     def close(self) -> None:
-        """End what waits; a container ends with its owner's `stop`, or with this process."""
+        """Stop every container that still runs."""
+        for container in list(self._running):
+            container.stop()
         if "_sandbox" in self.__dict__:
             self._sandbox.close()
 
@@ -81,10 +91,10 @@ class BubblewrapRuntime:
 class BubblewrapContainer:
     """One sandbox session. Processes that a command leaves behind end with it."""
 
-    def __init__(self, session: Session, machine: Machine, packages: Path) -> None:
-        self._session, self._machine = session, machine
+    def __init__(self, session: Session, runtime: BubblewrapRuntime) -> None:
+        self._session, self._runtime, self._machine = session, runtime, runtime.machine
         self._environment = [
-            "env", f"PYTHONPATH={packages}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", "GIT_CONFIG_NOSYSTEM=1"
+            "env", f"PYTHONPATH={runtime.packages}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", "GIT_CONFIG_NOSYSTEM=1"
         ]  # fmt: skip
 
     def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
@@ -126,11 +136,12 @@ class BubblewrapContainer:
     def stop(self) -> None:
         """End the sandbox."""
         self._session.close()
+        self._runtime.forget(self)
 
 
 def _ran(result: RunResult) -> Ran:
     late = result.status in ("wall_time", "cpu_time")
-    code = None if late else result.exit_code
+    code = None if late else -signal.SIGKILL if result.status == "output" else result.exit_code
     outputs = [text.encode("utf-8", "surrogateescape") for text in (result.stdout, result.stderr)]
     return Ran(code, outputs[0], outputs[1], result.status == "memory")
 

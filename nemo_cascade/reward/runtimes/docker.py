@@ -20,16 +20,11 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nemo_cascade.reward.fork_server import SYMLINK_MODE
-from nemo_cascade.reward.runtimes import GRACE_S, WORK, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes import GRACE_S, INSTALL, WORK, ContainerLost, Machine, Place, Ran
 from nemo_cascade.reward.runtimes.process import Captured, capture, end_group
 from nemo_cascade.reward.sandbox import File
 from nemo_cascade.types import UserError
 
-INSTALL = {
-    "docker": "https://docs.docker.com/engine/install",
-    "podman": "run `apt-get install -y podman`",
-    "apptainer": "https://apptainer.org/docs/admin/latest/installation.html",
-}
 READY = b"ready\n"
 NOBODY = "65534:65534"
 KILLED = 137  # 128 + SIGKILL: what an engine reports for a process that the kernel ended

@@ -22,7 +22,7 @@ from nemo_cascade.reward.control_tests import controls
 from nemo_cascade.reward.runtimes import GRACE_S, Container, ContainerLost, Ran
 from nemo_cascade.reward.swe import pytest_runner
 from nemo_cascade.reward.swe.instance import R2E_TESTS
-from nemo_cascade.reward.swe.patch import apply_command, model_patch_command, touched
+from nemo_cascade.reward.swe.patch import APPLY, model_patch_command, touched
 from nemo_cascade.types import Json
 
 REPORT_BYTES = 16 << 20
@@ -104,10 +104,11 @@ class Attempt:
     def prepare(self, instance: Mapping[str, Json], patch: bytes) -> str:
         """Put tests and patch in place; in words why the patch is refused, "" when it is not."""
         test_patch = str(instance.get("test_patch", "")).encode()
-        if test_patch.strip() and self._git(apply_command(), test_patch).code != 0:
+        if test_patch.strip() and self._git(APPLY, test_patch).code != 0:
             raise BadInstance("the row's test_patch does not apply to its base commit")
-        command = model_patch_command([*touched(test_patch), *_test_files(instance)])
-        if not self._git([*command[:-1], "--numstat", "-"], patch).stdout.strip():
+        sources = [str(path) for path in instance.get("source_files") or []]
+        command = model_patch_command([*touched(test_patch), *_test_files(instance)], sources)
+        if not self._git([*command, "--numstat"], patch).stdout.strip():
             return "nothing but tests and their settings changed"
         done = self._git(command, patch)
         if done.code != 0:

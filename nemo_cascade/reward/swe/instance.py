@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_cascade.data import rows
+from nemo_cascade.reward.swe.patch import sources_of
 from nemo_cascade.types import Json, UserError
 
 NAMES = {"repo": ("repo_name",), "base_commit": ("commit_hash",)}
@@ -47,6 +48,9 @@ def instance_of(row: Mapping[str, Json], row_id: str) -> dict[str, Json]:
     for key in OPTIONAL:
         if key in fields:
             truth[key] = rows.field(fields, key, str, row_id)
+    gold = fields.get("patch", fields.get("golden_patch", ""))
+    if isinstance(gold, str) and gold:
+        truth["source_files"] = [*sources_of(gold.encode("utf-8", "replace"))]
     for key in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         if key in fields:
             truth[key] = _test_ids(rows.loose_json(fields[key], key, row_id), key, row_id)

@@ -16,11 +16,14 @@ GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-
 NEVER_CHANGED = (".venv", "r2e_tests", "run_tests.sh")
 PROTECTED = (
     "conftest.py", "*/conftest.py", "sitecustomize.py", "*/sitecustomize.py", "usercustomize.py", "*/usercustomize.py",
+    "sitecustomize/*", "*/sitecustomize/*", "usercustomize/*", "*/usercustomize/*",
     "*.pth", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml",
     "tests/*", "*/tests/*", "test/*", "*/test/*", "test_*.py", "*/test_*.py", "*_test.py",
     ".venv/*", "r2e_tests/*", "run_tests.sh",
 )  # fmt: skip
 """Paths that stay as they are, for `git apply --exclude`; `*` stands for folders, too."""
+
+LOADED_BY_THEMSELVES = ("conftest.py", "sitecustomize.py", "usercustomize.py")
 
 HIDE = """rm -rf /r2e_tests /root/r2e_tests r2e_tests /run_tests.sh /root/run_tests.sh run_tests.sh
 git checkout --quiet --detach && git for-each-ref --format='delete %(refname)' | git update-ref --stdin
@@ -51,22 +54,31 @@ def changes(container: Container, base: str, seconds: float) -> bytes | str:
     return f"git finds no patch: {' '.join(said.split())[-150:]}"
 
 
+def sources_of(gold: bytes) -> list[str]:
+    """What a known repair changes, so that the agent may change it, too; never what an interpreter loads by itself."""
+    return [path for path in touched(gold) if path.rpartition("/")[2] not in LOADED_BY_THEMSELVES]
+
+
 def touched(patch: bytes) -> list[str]:
     """The paths that a patch names."""
     found = (match.decode("utf-8", "replace") for match in HEADER.findall(patch))
     return sorted({path.strip('"') for path in found} - {"/dev/null"})
 
 
-def apply_command(kept: Iterable[str] = ()) -> list[str]:
-    """`git apply` from standard input that leaves the paths in `kept` alone."""
-    excluded = [f"--exclude={_literal(path)}" for path in kept]
-    return [*GIT, "apply", "--whitespace=nowarn", *excluded, "-"]
+APPLY = [*GIT, "apply", "--whitespace=nowarn"]
 
 
-def model_patch_command(tests: Iterable[str]) -> list[str]:
-    """`git apply` of the agent's patch: without what is protected and without these test files."""
-    command = apply_command(tests)
-    return [*command[:-1], *(f"--exclude={pattern}" for pattern in PROTECTED), "-"]
+def model_patch_command(tests: Iterable[str], sources: Iterable[str] = ()) -> list[str]:
+    """`git apply` of the agent's patch from standard input, the first rule that fits a path decides: never these test
+    files, always the `sources` (what the known repair changes), never what is protected, all the rest.
+    """
+    return [
+        *APPLY,
+        *(f"--exclude={_literal(path)}" for path in tests),
+        *(f"--include={_literal(path)}" for path in sources),
+        *(f"--exclude={pattern}" for pattern in PROTECTED),
+        "--include=*",
+    ]
 
 
 def _literal(path: str) -> str:

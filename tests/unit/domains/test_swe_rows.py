@@ -223,7 +223,7 @@ def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, 
         )
         assert said("python -c 'x = bytearray(2 << 30)' 2>&1 | tail -n 1") == "MemoryError"
         assert said("id -u") not in ("0", "")
-        assert said("ls /etc /home /work 2>&1 | grep -c 'No such file'") == "3"
+        assert said("ls /etc /home /var 2>&1 | grep -c 'No such file'") == "3"
         both = (ToolCall("run", {"command": "sleep 5"}), ToolCall("run", {"command": "echo late"}))
         answers = episode.reply(Message("assistant", tool_calls=both))
         assert answers is not None
