@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from nemo_cascade.reward.control_tests import controls
 from nemo_cascade.reward.runtimes import Container, Ran
 from nemo_cascade.reward.search_replace import solution_part, unified_diff
-from nemo_cascade.reward.swe.patch import apply_command, model_patch_command, touched
+from nemo_cascade.reward.swe.patch import APPLY, model_patch_command, sources_of, touched
 from nemo_cascade.types import Invalid, Json, Outcome, Scored
 
 OUTPUT_BYTES = 16 << 20
@@ -89,7 +89,7 @@ def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, se
     codes: list[int] = []
     for gold in (b"", str(truth["patch"]).encode()):
         try:
-            with _running(start, apply_command(), gold) as container:
+            with _running(start, APPLY, gold) as container:
                 container.write(REPRODUCTION, fences[-1].encode("utf-8", "replace"))
                 script = f"{truth['regression_script']}\ntimeout -s KILL {seconds:g} python {REPRODUCTION}\n"
                 ran = _run(container, script, 2.0 * seconds)
@@ -143,7 +143,8 @@ def _tested(
     """(the statuses of the row's tests with a patch and with these test files, the texts of the test files)."""
     paths = list(dict.fromkeys(str(test).partition("::")[0] for test in truth["FAIL_TO_PASS"]))
     mark = secrets.token_hex(16)
-    with _running(start, model_patch_command([*touched(_bytes(truth, "test_patch")), *paths]), diff) as container:
+    tests = [*touched(_bytes(truth, "test_patch")), *paths]
+    with _running(start, model_patch_command(tests, sources_of(_bytes(truth, "patch"))), diff) as container:
         ran = _run(container, _script(truth, paths, changed, mark), seconds)
     if ran.code is None:
         raise _Failed(f"the tests did not end within {seconds:g} s", ours=True)
@@ -189,7 +190,7 @@ def _running(start: Start, command: Sequence[str], diff: bytes) -> Iterator[Cont
     container = start()
     try:
         if diff:
-            if not container.run([*command[:-1], "--numstat", "-"], GIT_SECONDS, diff).stdout.strip():
+            if not container.run([*command, "--numstat"], GIT_SECONDS, diff).stdout.strip():
                 raise _Failed("nothing but tests and their settings changed", ours=False)
             done = container.run(command, GIT_SECONDS, diff)
             if done.code != 0:
