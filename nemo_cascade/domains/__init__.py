@@ -256,6 +256,8 @@ FIELDS = (
     ("schema_str", "structured_output"),
     ("options", "mcqa"),
     ("ground_truth", "tool_use"),
+    ("relevant_file_contents", "swe_agentless"),
+    ("repository_files", "swe_agentless"),
     ("FAIL_TO_PASS", "swe_agentic"),
     ("instance", "swe_agentless"),
     ("question", "math"),

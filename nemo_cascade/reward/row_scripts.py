@@ -33,7 +33,6 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _HEADER = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
 _WORST = ("PASSED", "XFAIL", "XPASS", "FAILED", "ERROR")
-_FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 RUN = 'f=$(mktemp); cat > "$f"; bash "$f" </dev/null; code=$?; rm -f "$f"; exit $code'
 """Runs the script on standard input, and what it starts without one. One command, for there are runtimes where only the
@@ -81,8 +80,8 @@ def grade_repair(
 
 def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, seconds: float) -> Outcome:
     """The reward of a script: 1 when it ends with status 2 before and 0 after the known repair, else 0."""
-    fences = _FENCE.findall(solution_part(content))
-    if not fences:
+    script = last_fence(solution_part(content))
+    if script is None:
         return Scored(0.0, {}, "no script in a code fence")
     if not truth.get("regression_script"):
         return Invalid(f"{truth['instance_id']}: the row has no regression_script; drop it")
@@ -90,9 +89,9 @@ def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, se
     for gold in (b"", str(truth["patch"]).encode()):
         try:
             with _running(start, APPLY, gold) as container:
-                container.write(REPRODUCTION, fences[-1].encode("utf-8", "replace"))
-                script = f"{truth['regression_script']}\ntimeout -s KILL {seconds:g} python {REPRODUCTION}\n"
-                ran = _run(container, script, 2.0 * seconds)
+                container.write(REPRODUCTION, script.encode("utf-8", "replace"))
+                asked = f"{truth['regression_script']}\ntimeout -s KILL {seconds:g} python {REPRODUCTION}\n"
+                ran = _run(container, asked, 2.0 * seconds)
         except _Failed as failed:
             return Invalid(f"{truth['instance_id']}: {failed.reason}")
         if ran.code is None:
@@ -100,6 +99,19 @@ def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, se
         codes.append(ran.code)
     parts = {"before": float(codes[0]), "after": float(codes[1])}
     return Scored(float(codes == [2, 0]), parts, f"status {codes[0]} before the repair and {codes[1]} after")
+
+
+def last_fence(text: str) -> str | None:
+    """The content of the last code fence that has an end; None without one."""
+    found, inside = None, None
+    for line in text.split("\n"):
+        if inside is None and line.startswith("```"):
+            inside = []
+        elif inside is not None and line.rstrip() == "```":
+            found, inside = "".join(f"{kept}\n" for kept in inside), None
+        elif inside is not None:
+            inside.append(line)
+    return found
 
 
 def judged(wanted: Mapping[str, Sequence[str]], statuses: Mapping[str, str]) -> Scored:
