@@ -136,14 +136,6 @@ class SingleTurn(ABC):
         """An environment that says nothing."""
         return NoReply()
 
-    def parse_rows(self, row: Mapping[str, Json], row_id: str) -> list[Task]:
-        """The tasks that a row makes: one, in most domains. `FileTasks` asks for these."""
-        return [self.parse_row(row, row_id)]
-
-    @abstractmethod
-    def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
-        """A released NeMo-Gym row as a Task; UserError names the broken field."""
-
     @abstractmethod
     def score(self, task: Task, transcript: Transcript) -> Outcome:
         """The reward of one transcript."""

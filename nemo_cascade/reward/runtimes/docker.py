@@ -25,6 +25,10 @@ from nemo_cascade.reward.runtimes.process import Captured, capture, end_group
 from nemo_cascade.reward.sandbox import File
 from nemo_cascade.types import UserError
 
+PROBES = {
+    "docker": (["version", "--format", "{{.Server.Version}}"], "start its daemon"),
+    "podman": (["info"], "see `podman info`"),
+}
 READY = b"ready\n"
 NOBODY = "65534:65534"
 KILLED = 137  # 128 + SIGKILL: what an engine reports for a process that the kernel ended
@@ -65,8 +69,8 @@ class DockerRuntime:
     def check(self) -> None:
         """UserError when the engine is missing or its daemon does not answer."""
         if not self._checked:
-            daemon = "start its daemon" if self.name == "docker" else "see `podman info`"
-            probe(self.name, ["version", "--format", "{{.Server.Version}}"], f"{daemon}, or choose another runtime")
+            asked, remedy = PROBES[self.name]
+            probe(self.name, asked, f"{remedy}, or choose another runtime")
             self._checked = True
 
     def command(self, container: str, image: str) -> list[str]:
@@ -78,8 +82,14 @@ class DockerRuntime:
             "--memory", f"{machine.memory_mb}m", "--memory-swap", f"{machine.memory_mb}m",
             "--cpus", f"{machine.cpus:g}", "--pids-limit", str(machine.processes),
             "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-            "--workdir", WORK, "--entrypoint", "sh", image, "-c", "echo ready; exec cat >/dev/null",
+            "--workdir", WORK, "--entrypoint", "sh", self.full_name(image), "-c", "echo ready; exec cat >/dev/null",
         ]  # fmt: skip
+
+    def full_name(self, image: str) -> str:
+        """The image's name with its registry, which podman wants and docker adds by itself."""
+        registry, slash, _ = image.partition("/")
+        bare = slash and registry != "localhost" and not set(".:") & set(registry)
+        return f"docker.io/{image}" if self.name == "podman" and bare else image
 
     def start(self, place: Place) -> DockerContainer:
         """A fresh container of the place's image, pulled where it is not here yet."""
@@ -199,14 +209,15 @@ class DockerContainer:
         return answer.stdout.strip() == b"true"
 
     def stop(self) -> None:
-        """Remove the container by force, then end the client."""
+        """Close its pipe, remove it by force, then end the client."""
         with self._lock:
             if self._stopped:
                 return
             self._stopped = True
+            assert self._client.stdin and self._client.stdout
+            self._client.stdin.close()
             capture([self.runtime.name, "rm", "--force", self.name], 60.0)
-            for stream in (self._client.stdin, self._client.stdout, self._complaints):
-                assert stream is not None
+            for stream in (self._client.stdout, self._complaints):
                 stream.close()
             end_group(self._client)
         self.runtime.forget(self.name)

@@ -49,7 +49,7 @@ TOOLS = {
         _tool(
             "run",
             "Run a shell command in the repository and show what it prints. No network; processes that it leaves "
-            "behind are not kept.",
+            "behind may be ended.",
             {"command": "for bash"},
         ),
         _tool("finish", "End the work: the repository is as it should be.", {}),

@@ -130,6 +130,13 @@ def test_the_command_line_of_a_container(engines: Path) -> None:
     assert command.endswith(f":/testbed --pwd /testbed docker://{IMAGE} timeout -k 1 5 true")
 
 
+def test_podman_is_told_the_registry() -> None:
+    podman, docker = DockerRuntime(MACHINE, "podman"), DockerRuntime(MACHINE)
+    names = ["xingyaoww/a", "ghcr.io/x/a", "localhost/a", "host:5000/a", "a"]
+    assert [podman.full_name(name) for name in names] == [f"docker.io/{names[0]}", *names[1:]]
+    assert [docker.full_name(name) for name in names] == names
+
+
 def test_commands_run_without_rights_where_the_image_allows(engines: Path) -> None:
     docker = runtimes.load("docker", MACHINE)
     container = docker.start(Place(IMAGE))
