@@ -9,6 +9,7 @@ from typing import Any, cast
 from nemo_cascade.config.schema import JudgeConfig
 from nemo_cascade.reward.genrm import Answer, GenRMOptions, Matches, play, rewards_of
 from nemo_cascade.reward.judge import Judge
+from nemo_cascade.reward.verdicts import question_key
 from nemo_cascade.types import Message, Outcome
 
 PUBLISHED = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 16384}
@@ -21,7 +22,7 @@ class PreferenceJudge:
     def __init__(self, judge: Judge, config: JudgeConfig) -> None:
         self._judge, self._config = judge, config
         self._lock = threading.Lock()
-        self._counts: dict[str, float] = {}
+        self._graded: dict[str, Matches] = {}
 
     def grade(
         self,
@@ -39,7 +40,8 @@ class PreferenceJudge:
         turns = [{"role": message.role, "content": message.content} for message in conversation]
         answers = [Answer(final.content, final.reasoning) for final in finals_G]
         matches = play(self._judge, turns, answers, options, principle)
-        self._count(matches)
+        with self._lock:  # a group that is graded again, because something was Invalid, counts once
+            self._graded[question_key(turns, [answer.content for answer in answers])] = matches
         return rewards_of(matches, answers, options)
 
     def _options(self, short: bool) -> GenRMOptions:
@@ -61,20 +63,14 @@ class PreferenceJudge:
             **sampling,
         )
 
-    def _count(self, matches: Matches) -> None:
-        found = {
-            "judge_matches": len(matches.verdicts),
-            "judge_matches_dropped": matches.dropped,
-            "judge_matches_unreadable": matches.unreadable,
-        }
-        with self._lock:
-            for name, number in found.items():
-                self._counts[name] = self._counts.get(name, 0.0) + number
-
     def take_counts(self) -> dict[str, float]:
-        """Metrics of the matches since the last call: all, dropped, unreadable; those of a group that was graded again
-        count again.
-        """
+        """Metrics of the groups graded since the last call: all their matches, the dropped and the unreadable ones."""
         with self._lock:
-            counts, self._counts = self._counts, {}
-        return counts
+            graded, self._graded = list(self._graded.values()), {}
+        if not graded:
+            return {}
+        return {
+            "judge_matches": float(sum(len(matches.verdicts) for matches in graded)),
+            "judge_matches_dropped": float(sum(matches.dropped for matches in graded)),
+            "judge_matches_unreadable": float(sum(matches.unreadable for matches in graded)),
+        }

@@ -79,14 +79,14 @@ def test_eval_asks_the_judge_of_its_cascade(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hosted_judge_is_paid_with_a_key_that_no_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain chat messages, a key by name, the first comparison unreadable: counted in the step's metrics."""
+    """Plain chat messages, a key by name, the comparison asked first unreadable: counted in the step's metrics."""
     secret = "sk-Very-Secret"
     monkeypatch.setenv("JUDGE_KEY", secret)
     asked: list[str] = []
 
     def reply(messages: list[dict[str, str]]) -> str:
         asked.append(messages[0]["content"])
-        return "let me see" if len(asked) == 1 else '{"score_1": 4, "score_2": 2, "ranking": 2}'
+        return "let me see" if messages[0]["content"] == asked[0] else '{"score_1": 4, "score_2": 2, "ranking": 2}'
 
     with JudgeServer(reply) as server:
         head = (
@@ -105,7 +105,7 @@ def test_a_hosted_judge_is_paid_with_a_key_that_no_file_holds(tmp_path: Path, mo
         assert server.authorization == f"Bearer {secret}"
         assert server.body["max_tokens"] == 32  # generated tasks: the short verdict
     (line,) = [json.loads(text) for text in cascade.stage("rl").metrics.read_text().splitlines()]
-    assert line["judge_matches"] >= 30 and line["judge_matches"] % 15 == 0
+    assert line["judge_matches"] == 30
     assert 0 < line["judge_matches_dropped"] == line["judge_matches_unreadable"] < line["judge_matches"]
     groups = read_groups(cascade.stage("rl").path, 0)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
