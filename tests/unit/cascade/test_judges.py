@@ -99,6 +99,32 @@ def test_patches_need_a_judge_where_it_is_the_reward(tmp_path, rows):
         assert (outcome.reward, server.calls) == (1.0, 1)
 
 
+def test_the_papers_agentless_stage_asks_its_own_judge():
+    found = make_plan(load_cascade("nemotron_cascade_2")).stages["swe_agentless_rl"]
+    assert [item.key for item in judges.asked_in_training(found)] == [judges.REPAIR]
+    assert found.repair_judge.model == "openai/gpt-oss-120b"
+    assert found.filters.mask_groups_below_max == 0.5
+    with pytest.raises(UserError, match=r"swe_agentless_rl\.yaml: key 'repair_judge' is missing"):
+        make_plan(load_cascade("nemotron_cascade_2", ["repair_judge=null"]))
+
+
+def test_a_single_checkpoint_is_judged_by_those_that_its_evaluation_asks(tmp_path, rows):
+    measured = "select: 0, report: 2, domains: [swe_agentless], options: {swe_agentless: {reward: judge}}"
+    both = [f"{key}={{url: 'http://a:1', model: {key}}}" for key in judges.KEYS[1:]]
+    (tmp_path / "rl.yaml").write_text(RL + "data: {domains: {math: 1}}\n")
+    (tmp_path / "one.yaml").write_text(
+        f"name: one\nmodel: nano\nbase: random\nhardware: cpu1\nstages: [rl]\nevaluation: {{{measured}}}\n"
+    )
+    cascade = load_cascade(str(tmp_path / "one.yaml"), both).cascade
+    assert judges.for_evaluation(cascade.evaluation, cascade) == {"repair_judge": cascade.repair_judge}
+    cascade.evaluation.options = {}
+    assert judges.for_evaluation(cascade.evaluation, cascade) == {}
+    cascade.evaluation.options = {"swe_agentless": {"reward": "judge"}}
+    cascade.repair_judge = None
+    with pytest.raises(UserError, match="cascade one: key 'repair_judge' is missing"):
+        judges.for_evaluation(cascade.evaluation, cascade)
+
+
 def test_one_judge_has_one_address(tmp_path):
     with pytest.raises(UserError, match=r"judge\.url: judge\.serve is set too"):
         plan(tmp_path, "domains: {math: 1}", "select: 0, report: 0", "judge={url: 'http://j:1', serve: hf:nano_judge}")
