@@ -8,8 +8,8 @@ from typing import Protocol
 
 from nemo_cascade.reward import row_scripts
 from nemo_cascade.reward.runtimes import ENGINES, NAMES, Container, ContainerLost, Machine, Place, Runtime, first_engine
+from nemo_cascade.reward.swe import instance
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
-from nemo_cascade.reward.swe.instance import image_of
 from nemo_cascade.types import Invalid, Json, Outcome, UserError
 
 RUNTIMES = NAMES
@@ -97,12 +97,12 @@ class RowContainers:
         folder, chosen = self._folder(truth), str(self._options["runtime"])
         files = checkout(folder, str(truth["base_commit"])) if folder is not None else None
         runtime = self._runtime("bubblewrap" if chosen == "auto" and files is not None else chosen)
-        image = "" if runtime.name == "bubblewrap" else self._image(truth, runtime.name == "apptainer")
+        image = "" if runtime.name == "bubblewrap" else self.image_of(truth, runtime.name == "apptainer")
         return runtime.start(Place(image, files))
 
-    def _image(self, truth: Mapping[str, Json], sif: bool) -> str:
+    def image_of(self, truth: Mapping[str, Json], sif: bool) -> str:
         """The row's image: a SIF file of its name in `images` or where the row says, else its name in a registry."""
         given = str(truth.get("image", ""))
         places = [Path(str(self._options["images"]), Path(given).name), Path(given)]
         found = next((str(place) for place in places if sif and place.suffix == ".sif" and place.is_file()), "")
-        return found or (given if given and not given.endswith(".sif") else image_of(truth))
+        return found or (given if given and not given.endswith(".sif") else instance.image_of(truth))

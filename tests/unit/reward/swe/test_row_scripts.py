@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from nemo_cascade.reward.repository import build_repository
 from nemo_cascade.reward.row_scripts import judged, read_summary
 from nemo_cascade.reward.search_replace import unified_diff
 from nemo_cascade.types import Invalid, Json, Message, Outcome, Scored, Transcript
+from tests.unit.reward.swe.test_runtimes import engines
+
+__all__ = ["engines"]
 
 BASE = {
     "calc.py": "def add(a, b):\n    return a - b\n",
@@ -195,6 +199,39 @@ def test_a_row_that_cannot_run_says_how_it_could(services: Services, row: dict[s
         assert isinstance(outcome, Invalid) and reason in outcome.reason, outcome
     alike = scored(services, row, repair, runtime="none", without_image="similarity")
     assert (alike.reward, alike.reason) == (1.0, "the gold patch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["docker", "apptainer"])
+def test_an_image_of_an_engine_runs_the_row(engines: Path, row: dict[str, Json], engine: str) -> None:
+    """Stand-in engines, whose containers keep nothing but the repository between two commands."""
+    name = "sweb.eval.x86_64.owner_s_calc-1"
+    image = engines / (f"xingyaoww/{name}" if engine == "docker" else name)
+    image.mkdir(parents=True)
+    assert build_repository(BASE, image) == row["instance"]["base_commit"]
+    services = Services()
+    options: dict[str, Json] = {"runtime": engine, "repositories": "", "start_timeout_s": 60.0}
+    good = scored(services, row, patch("    return b + a"), **options)
+    assert (good.reward, good.reason) == (1.0, "all tests pass")
+    bad = scored(services, row, patch("    return a - b  # no"), **options)
+    assert (bad.reward, bad.reason) == (0.0, "tests/test_calc.py::test_add: FAILED")
+    told = scored(services, row, SCRIPT, "repro-gen", **options)
+    assert (told.reward, told.reason) == (1.0, "status 2 before the repair and 0 after")
+    services.close()
+    assert list(engines.glob("containers/*")) == []
+
+
+def test_the_image_of_a_row_has_a_name_for_each_engine(tmp_path: Path, row: dict[str, Json]) -> None:
+    options: dict[str, Json] = {"runtime": "apptainer", "images": str(tmp_path)}
+    domain = SweAgentless(None, options)
+    truth = domain.parse_row(row, "rows:1").truth
+    pulled = "xingyaoww/sweb.eval.x86_64.owner_s_calc-1"
+    assert [domain.containers.image_of(truth, sif) for sif in (True, False)] == [pulled, pulled]
+    (tmp_path / "owner_calc-1.sif").touch()
+    assert domain.containers.image_of(truth, sif=True) == str(tmp_path / "owner_calc-1.sif")
+    assert domain.containers.image_of(truth, sif=False) == pulled
+    named = {**truth, "image": "registry.example/calc:1"}
+    assert [domain.containers.image_of(named, sif) for sif in (True, False)] == [named["image"]] * 2
 
 
 def test_summaries_are_read_from_their_end() -> None:
