@@ -92,7 +92,7 @@ def tuned(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, dict[f
 def setting(given: argparse.Namespace, factor: float) -> Setting:
     """What the runs at one factor share."""
     tasks = [max(1, round(count * min(1.0, 4 * given.scale))) for count in (96, 256)]
-    return Setting(given.out, given.hardware, factor, given.scale, tasks[0], tasks[1], _say)
+    return Setting(given.out, given.hardware, factor, given.scale, given.sft_scale, tasks[0], tasks[1], _say)
 
 
 def measure(given: argparse.Namespace, factors: Mapping[str, float]) -> list[Row]:
@@ -157,12 +157,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune-seed", type=int, default=10)
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS), help="one: no tuning")
     parser.add_argument("--hardware", default="cpu", help="conf/hardware/NAME.yaml (default cpu)")
-    parser.add_argument("--scale", type=float, default=1.0, help="shorten stages and evaluations, for a trial")
+    parser.add_argument("--scale", type=float, default=1.0, help="shorten stages and, below 0.25, evaluations")
+    parser.add_argument("--sft-scale", type=float, help="shorten SFT by another factor (default: as --scale)")
     parser.add_argument("--out", type=Path, default=Path("runs/strategies"))
     parser.add_argument("--write", action="store_true", help=f"put the table into docs/{PAGE.name}")
     given = parser.parse_args(arguments)
-    if not 0.0 < given.scale <= 1.0:
-        parser.error("--scale must be above 0 and at most 1")
+    given.sft_scale = given.scale if given.sft_scale is None else given.sft_scale
+    if not (0.0 < given.scale <= 1.0 and 0.0 < given.sft_scale <= 1.0):
+        parser.error("--scale and --sft-scale must be above 0 and at most 1")
     if len(given.factors) > 1 and given.tune_seed in given.seeds:
         parser.error(f"--tune-seed {given.tune_seed} is one of --seeds: what chose the rates is not measured")
     if min(given.factors) <= 0.0:
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ])  # fmt: skip
     if given.write:
         seeds = " ".join(map(str, given.seeds))
-        scale = f" --scale {given.scale:g}" if given.scale < 1.0 else ""
+        scale = f" --scale {given.scale:g} --sft-scale {given.sft_scale:g}" if given.scale < 1.0 else ""
         replace_part(
             PART, f"Printed by `python -m tools.compare_strategies --seeds {seeds}{scale} --write`:\n\n{text}", PAGE
         )

@@ -61,13 +61,14 @@ Scores = Mapping[str, Mapping[str, float]]  # domain -> task -> score
 @dataclass(frozen=True)
 class Setting:
     """What all runs of one comparison share. `factor` multiplies the learning rates after SFT; `scale` shortens every
-    stage, and `select` and `report` are tasks per domain, both for trials.
+    stage after SFT and `sft_scale` SFT itself; `select` and `report` are tasks per domain.
     """
 
     out: Path
     hardware: str
     factor: float
     scale: float
+    sft_scale: float
     select: int
     report: int
     say: Callable[[str], None]
@@ -109,24 +110,29 @@ class Seed:
         return read_manifest(folder)
 
     def overrides(self, cascade: str) -> list[str]:
-        """The seed, where it lies, how it is measured, and every learning rate after SFT times the factor."""
+        """The seed, where it lies, how it is measured, and every learning rate after SFT times the factor. Only a
+        cascade's last stage is measured on `report` tasks: `select` tasks choose teachers and factors.
+        """
         setting = self.setting
         found = [
             f"seed={self.seed}", f"output={self.folder}", "name=strategies", f"hardware={setting.hardware}",
             f"evaluation.select={setting.select}", f"evaluation.report={setting.report}", "evaluation.other_mode=0",
         ]  # fmt: skip
-        for name, stage in load_cascade(cascade).stages.items():
-            if setting.scale < 1.0:
-                found.append(f"stages.{name}.num_steps={self.steps(stage.num_steps)}")
+        stages = load_cascade(cascade).stages
+        found += [f"stages.{name}.evaluation.report=0" for name in list(stages)[:-1]]
+        for name, stage in stages.items():
+            steps = self.steps(stage.num_steps, name)
+            if steps != stage.num_steps:
+                found.append(f"stages.{name}.num_steps={steps}")
             if setting.factor != 1.0 and name != START:
                 optimizer = stage.optimizer
                 found.append(f"stages.{name}.optimizer.lr={optimizer.lr * setting.factor}")
                 found.append(f"stages.{name}.optimizer.warmup_from={optimizer.warmup_from * setting.factor}")
         return found
 
-    def steps(self, full: int) -> int:
-        """A number of steps, shortened."""
-        return max(2, round(full * self.setting.scale))
+    def steps(self, full: int, stage: str = "") -> int:
+        """A number of steps, shortened as its stage is."""
+        return max(2, round(full * (self.setting.sft_scale if stage == START else self.setting.scale)))
 
     def cascade(self) -> tuple[Path, Cost]:
         """The paper's cascade; its last checkpoint."""
