@@ -41,10 +41,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Place:
-    """What a container starts from: an image, files for the work folder, or an image with these files put there."""
+    """What a container starts from: an image, files for the work folder, or an image with these files put there.
+
+    `hidden`: absolute paths of the image that commands must not find.
+    """
 
     image: str = ""
     files: Mapping[str, File] | None = None
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

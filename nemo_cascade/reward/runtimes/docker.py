@@ -101,7 +101,7 @@ class DockerRuntime:
         container = DockerContainer(self, f"nemo-cascade-{os.getpid()}-{secrets.token_hex(6)}", place.image)
         self._running[container.name] = container
         try:
-            container.begin(place.files)
+            container.begin(place)
         except (ContainerLost, ValueError) as error:
             container.stop()
             raise ContainerLost(f"{self.name}: {error}") from error
@@ -132,14 +132,19 @@ class DockerContainer:
             argv, stdin=pipe, stdout=pipe, stderr=self._complaints, bufsize=0, start_new_session=True
         )
 
-    def begin(self, files: Mapping[str, File] | None) -> None:
-        """Wait until it runs, find the user for commands and put files into the work folder."""
+    def begin(self, place: Place) -> None:
+        """Wait until it runs, remove what is hidden, find the user for commands, put files into the work folder."""
         self._wait_ready()
+        if place.hidden:
+            removed = self._exec(["rm", "-rf", "--", *place.hidden], GRACE_S)
+            if removed.code != 0:
+                raise ContainerLost(f"{', '.join(place.hidden)} cannot be hidden: {removed.complaint}")
         as_nobody = ("--user", NOBODY)
         if self._exec(["test", "-w", "."], GRACE_S, user=as_nobody).code == 0:
             self._user = as_nobody
-        if files is not None:
-            ran = self.run(["tar", "--extract", "--no-same-owner"], self.runtime.machine.start_seconds, tar_of(files))
+        if place.files is not None:
+            unpack = ["tar", "--extract", "--no-same-owner"]
+            ran = self.run(unpack, self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
                 raise ContainerLost(f"the files cannot be unpacked: {ran.stderr.decode('utf-8', 'replace')[-200:]}")
 

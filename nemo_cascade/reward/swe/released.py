@@ -19,7 +19,7 @@ from nemo_cascade.reward.runtimes import ENGINES, NAMES, Container, ContainerLos
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
 from nemo_cascade.reward.swe.grading import BadInstance, Graded, grade_patch
 from nemo_cascade.reward.swe.instance import image_of, sif_of
-from nemo_cascade.reward.swe.patch import HIDE, changes, head
+from nemo_cascade.reward.swe.patch import HIDDEN, HIDE, changes, head
 from nemo_cascade.reward.swe.verdict import Ending, verdict
 from nemo_cascade.reward.swe.workspace import Workspace
 from nemo_cascade.types import Invalid, Message, Outcome, Task, ToolCall, Transcript, UserError
@@ -81,7 +81,7 @@ class ReleasedRows:
         self._ended: OrderedDict[str, Ended] = OrderedDict()
         self._engine = ""
 
-    def start(self, task: Task) -> Container:
+    def start(self, task: Task, hidden: tuple[str, ...] = ()) -> Container:
         """A container with the repository at its base commit; UserError when nothing here can run it."""
         truth, settings = task.truth, self.settings
         folder = folder_of(truth, settings.repositories)
@@ -103,7 +103,7 @@ class ReleasedRows:
                 "the row names no image (docker_image): join it with R2E-Gym-Subset, or set data.options.swe_agentic."
                 "image"
             )
-        return self._runtime(name).start(Place(image, files))
+        return self._runtime(name).start(Place(image, files, hidden))
 
     def _first_engine(self) -> str:
         if not self._engine:
@@ -192,7 +192,7 @@ class ReleasedEpisode:
         self._ending = threading.Lock()
         self._container: Container | None = None
         try:
-            self._container = owner.start(task)
+            self._container = owner.start(task, HIDDEN)
             self.base = head(self._container, SETUP_S)
             if folder_of(task.truth, owner.settings.repositories) is None:
                 self._container.run(["sh", "-c", HIDE], SETUP_S)
