@@ -66,6 +66,8 @@ class ApptainerRuntime:
         self.check()
         if not place.image:
             raise UserError("data.options.swe_agentic.runtime: apptainer starts from an image, and the row has none")
+        if place.image.startswith("-") or not place.image.isprintable():
+            raise ContainerLost(f"apptainer: {place.image!r} is no image")
         container = ApptainerContainer(self, _image(place.image))
         self._running[str(container.folder)] = container
         try:

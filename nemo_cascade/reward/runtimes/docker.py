@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import select
 import shutil
@@ -29,6 +30,7 @@ PROBES = {
     "docker": (["version", "--format", "{{.Server.Version}}"], "start its daemon"),
     "podman": (["info"], "see `podman info`"),
 }
+IMAGE_NAME = re.compile(r"\w[\w./:@-]*", re.ASCII)
 READY = b"ready\n"
 NOBODY = "65534:65534"
 KILLED = 137  # 128 + SIGKILL: what an engine reports for a process that the kernel ended
@@ -96,8 +98,8 @@ class DockerRuntime:
         self.check()
         if not place.image:
             raise UserError(f"data.options.swe_agentic.runtime: {self.name} starts from an image, and the row has none")
-        if place.image.startswith("-"):
-            raise UserError(f"{self.name}: {place.image!r} is no image name")
+        if not IMAGE_NAME.fullmatch(place.image):
+            raise ContainerLost(f"{self.name}: {place.image!r} is no image name")
         container = DockerContainer(self, f"nemo-cascade-{os.getpid()}-{secrets.token_hex(6)}", place.image)
         self._running[container.name] = container
         try:

@@ -276,9 +276,14 @@ def test_tests_that_do_not_end_or_need_too_much(services: Services, domain: SweA
     assert outcome == Invalid("the tests ran out of their wall-clock time")
 
 
-def test_a_command_that_ends_its_sandbox_costs_the_rollout_its_verdict(domain: SweAgentic, task: Task) -> None:
-    outcome, _ = play(domain, task, [GOOD, turn("run", command="kill -9 -1"), DONE])
-    assert isinstance(outcome, Invalid) and "ended its sandbox" in outcome.reason
+def test_who_ends_the_sandbox_earns_nothing(domain: SweAgentic, task: Task) -> None:
+    """The agent's own one, and that of the tests: neither is a failure of ours."""
+    outcome, answers = play(domain, task, [GOOD, turn("run", command="kill -9 -1"), DONE])
+    assert outcome == Scored(0.0, {}, "a command ended its sandbox")
+    assert answers == ["ok"]
+    kill = edit("RATE = 20", "RATE = 20\nimport os\nos.kill(-1, 9)")
+    outcome, _ = play(domain, task, [GOOD, kill, DONE])
+    assert isinstance(outcome, Scored) and outcome.reason.endswith("TestTax::test_of_hundred: no result")
 
 
 def test_r2e_rows_are_graded_by_recorded_statuses(domain: SweAgentic, clone: tuple[Path, str]) -> None:
@@ -321,6 +326,8 @@ def test_r2e_rows_are_graded_by_recorded_statuses(domain: SweAgentic, clone: tup
     [
         ({"FAIL_TO_PASS": None}, "names no FAIL_TO_PASS"),
         ({"FAIL_TO_PASS": ["test_tax (tests.TaxCase)"]}, "is no test id of pytest"),
+        ({"FAIL_TO_PASS": ["-pcheat::test_x"]}, "is no test id of pytest"),
+        ({"FAIL_TO_PASS": ["tests/\ud800.py::test_x"]}, "cannot be graded: 'utf-8' codec can't encode"),
         ({"FAIL_TO_PASS": ["tests/test_new.py::test_x"]}, "test file tests/test_new.py is not in the repository"),
         ({"test_patch": TEST_PATCH_OF_ANOTHER}, "test_patch does not apply"),
     ],

@@ -206,6 +206,9 @@ def test_a_container_that_vanishes_is_lost_and_not_a_failure_of_the_answer(engin
     with pytest.raises(ContainerLost, match="has ended"):
         container.run(["true"], 5)
     container.stop()
+    for name, image in (("docker", "-v/:/x"), ("docker", "a\0b"), ("apptainer", "--bind=/"), ("apptainer", "a\0b")):
+        with pytest.raises(ContainerLost, match="is no image"):
+            runtimes.load(name, MACHINE).start(Place(image))
     with pytest.raises(ContainerLost, match="image other did not start: Unable to find image"):
         runtimes.load("docker", MACHINE).start(Place("other"))
     with pytest.raises(ContainerLost, match=r"docker://other did not start: FATAL: could not open image"):
