@@ -28,6 +28,10 @@ class ContainerLost(Exception):
     """A container did not start or is gone: a failure of ours, never of the answer."""
 
 
+class ContainerEnded(ContainerLost):
+    """A command has ended its own container: the answer's doing, not ours."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What one container may use, and how long it may take to start (an image may have to be pulled)."""
@@ -41,10 +45,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Place:
-    """What a container starts from: an image, files for the work folder, or an image with these files put there."""
+    """What a container starts from: an image, files for the work folder, or an image with these files put there.
+
+    `hidden`: absolute paths of the image that commands must not find.
+    """
 
     image: str = ""
     files: Mapping[str, File] | None = None
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Container(Protocol):
     """A started container; one thread at a time."""
 
     def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
-        """Run a command in the work folder; ContainerLost when there is no container any more."""
+        """Run a command in the work folder; ContainerLost when there is no container any more, ContainerEnded when this
+        command is known to have ended it.
+        """
 
     def read(self, path: str, most_bytes: int = 16 << 20) -> bytes:
         """A file, absolute or relative to the work folder; ValueError says why it cannot be read."""

@@ -38,8 +38,16 @@ class ApptainerRuntime:
             probe(self.name, ["--version"], "choose another runtime")
             self._checked = True
 
-    def command(self, image: str, folder: Path, place: str, argv: Sequence[str], bounded: bool = True) -> list[str]:
-        """The command line of one command, with a folder of this machine at `place`.
+    def command(
+        self,
+        image: str,
+        folder: Path,
+        place: str,
+        argv: Sequence[str],
+        bounded: bool = True,
+        covers: Sequence[str] = (),
+    ) -> list[str]:
+        """The command line of one command, with a folder of this machine at `place` and `covers` over other folders.
 
         Not `bounded`: without control groups, which many clusters keep from users; limits of each process stand in.
         """
@@ -48,7 +56,7 @@ class ApptainerRuntime:
         limits += ["--pids-limit", str(machine.processes)]
         alone = ["--containall", "--cleanenv", "--no-home", "--writable-tmpfs", "--net", "--network", "none"]
         settings = [part for name, value in ENVIRONMENT.items() for part in ("--env", f"{name}={value}")]
-        bind = ["--bind", f"{folder}:{place}", "--pwd", place]
+        bind = ["--bind", f"{folder}:{place}", *covers, "--pwd", place]
         script = f'ulimit -v {machine.memory_mb << 10}; exec "$@"'
         inside = list(argv) if bounded else ["sh", "-c", script, "sh", *argv]
         return [self.name, "exec", *alone, *(limits if bounded else []), *settings, *bind, image, *inside]
@@ -58,6 +66,8 @@ class ApptainerRuntime:
         self.check()
         if not place.image:
             raise UserError("data.options.swe_agentic.runtime: apptainer starts from an image, and the row has none")
+        if place.image.startswith("-") or not place.image.isprintable():
+            raise ContainerLost(f"apptainer: {place.image!r} is no image")
         container = ApptainerContainer(self, _image(place.image))
         self._running[str(container.folder)] = container
         try:
@@ -84,11 +94,13 @@ class ApptainerContainer:
         self.runtime, self.image = runtime, image
         self.folder = Path(tempfile.mkdtemp(prefix="nemo-cascade-swe-"))
         self._bounded = True
+        self._covered: tuple[str, ...] = ()
+        self._nothing = Path(tempfile.mkdtemp(prefix="nemo-cascade-nothing-"))
         self._killed = False
         self._stopped = False
 
     def begin(self, place: Place) -> None:
-        """Copy the repository out of the image, then unpack files over it."""
+        """Copy the repository out of the image, find the folders to hide, unpack files over the copy."""
         copy = ["cp", "-a", f"{WORK}/.", f"{COPY}/"]
         done = self._exec(copy, self.runtime.machine.start_seconds, at=COPY)
         if done.code not in (0, None):
@@ -96,6 +108,12 @@ class ApptainerContainer:
             done = self._exec(copy, self.runtime.machine.start_seconds, at=COPY)
         if done.code != 0:
             raise ContainerLost(f"image {self.image} did not start: {done.complaint or 'its time ran out'}")
+        if place.hidden:
+            look = 'for path; do [ -d "$path" ] && printf "%s\\n" "$path"; done; true'
+            found = self._exec(["sh", "-c", look, "sh", *place.hidden], GRACE_S)
+            if found.code != 0:
+                raise ContainerLost(f"{', '.join(place.hidden)} cannot be looked for: {found.complaint}")
+            self._covered = tuple(found.stdout.decode().split())
         if place.files is not None:
             ran = self.run(["tar", "--extract"], self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
@@ -105,7 +123,8 @@ class ApptainerContainer:
         self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20, at: str = WORK
     ) -> Captured:
         inside = ["timeout", "-k", "1", f"{seconds:g}", *argv]
-        command = self.runtime.command(self.image, self.folder, at, inside, self._bounded)
+        covers = [part for path in self._covered for part in ("--bind", f"{self._nothing}:{path}:ro")]
+        command = self.runtime.command(self.image, self.folder, at, inside, self._bounded, covers)
         return capture(command, seconds + GRACE_S, stdin, most_bytes)
 
     def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
@@ -141,7 +160,8 @@ class ApptainerContainer:
         """Remove the copy, whatever modes its folders were given."""
         if not self._stopped:
             self._stopped = True
-            for folder, _, _ in os.walk(self.folder, onerror=None):
+            self._nothing.rmdir()
+            for folder, _, _ in os.walk(self.folder):
                 os.chmod(folder, 0o700)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.runtime.forget(self.folder)

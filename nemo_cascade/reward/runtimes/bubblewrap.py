@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from nemo_cascade.reward.runtimes import GRACE_S, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes import GRACE_S, ContainerEnded, ContainerLost, Machine, Place, Ran
 from nemo_cascade.reward.sandbox import Limits, RunResult, Sandbox, Session
 from nemo_cascade.types import UserError
 
@@ -112,7 +112,9 @@ class BubblewrapContainer:
             raise ContainerLost("the sandbox has ended")
         result = self._session.run([*self._environment, *argv], stdin.decode("utf-8", "surrogateescape"), limits)
         if not self._session.alive:
-            raise ContainerLost("a command ended its sandbox")
+            if result.status == "wall_time":
+                raise ContainerLost(f"bubblewrap: {result.stderr}")
+            raise ContainerEnded("a command ended its sandbox")
         return _ran(result)
 
     def read(self, path: str, most_bytes: int = 16 << 20) -> bytes:

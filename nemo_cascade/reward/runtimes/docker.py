@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import select
 import shutil
@@ -29,6 +30,7 @@ PROBES = {
     "docker": (["version", "--format", "{{.Server.Version}}"], "start its daemon"),
     "podman": (["info"], "see `podman info`"),
 }
+IMAGE_NAME = re.compile(r"\w[\w./:@-]*", re.ASCII)
 READY = b"ready\n"
 NOBODY = "65534:65534"
 KILLED = 137  # 128 + SIGKILL: what an engine reports for a process that the kernel ended
@@ -96,12 +98,12 @@ class DockerRuntime:
         self.check()
         if not place.image:
             raise UserError(f"data.options.swe_agentic.runtime: {self.name} starts from an image, and the row has none")
-        if place.image.startswith("-"):
-            raise UserError(f"{self.name}: {place.image!r} is no image name")
+        if not IMAGE_NAME.fullmatch(place.image):
+            raise ContainerLost(f"{self.name}: {place.image!r} is no image name")
         container = DockerContainer(self, f"nemo-cascade-{os.getpid()}-{secrets.token_hex(6)}", place.image)
         self._running[container.name] = container
         try:
-            container.begin(place.files)
+            container.begin(place)
         except (ContainerLost, ValueError) as error:
             container.stop()
             raise ContainerLost(f"{self.name}: {error}") from error
@@ -132,14 +134,19 @@ class DockerContainer:
             argv, stdin=pipe, stdout=pipe, stderr=self._complaints, bufsize=0, start_new_session=True
         )
 
-    def begin(self, files: Mapping[str, File] | None) -> None:
-        """Wait until it runs, find the user for commands and put files into the work folder."""
+    def begin(self, place: Place) -> None:
+        """Wait until it runs, remove what is hidden, find the user for commands, put files into the work folder."""
         self._wait_ready()
+        if place.hidden:
+            removed = self._exec(["rm", "-rf", "--", *place.hidden], GRACE_S)
+            if removed.code != 0:
+                raise ContainerLost(f"{', '.join(place.hidden)} cannot be hidden: {removed.complaint}")
         as_nobody = ("--user", NOBODY)
         if self._exec(["test", "-w", "."], GRACE_S, user=as_nobody).code == 0:
             self._user = as_nobody
-        if files is not None:
-            ran = self.run(["tar", "--extract", "--no-same-owner"], self.runtime.machine.start_seconds, tar_of(files))
+        if place.files is not None:
+            unpack = ["tar", "--extract", "--no-same-owner"]
+            ran = self.run(unpack, self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
                 raise ContainerLost(f"the files cannot be unpacked: {ran.stderr.decode('utf-8', 'replace')[-200:]}")
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_cascade.reward.control_tests import controls
-from nemo_cascade.reward.runtimes import GRACE_S, Container, ContainerLost, Ran
+from nemo_cascade.reward.runtimes import Container, ContainerEnded, ContainerLost, Ran
 from nemo_cascade.reward.swe import pytest_runner
 from nemo_cascade.reward.swe.instance import R2E_TESTS
 from nemo_cascade.reward.swe.patch import APPLY, model_patch_command, touched
-from nemo_cascade.types import Json
+from nemo_cascade.types import Json, UserError
 
 REPORT_BYTES = 16 << 20
+GIT_S = 120.0
+PROBE = "import sys; sys.path = [path for path in sys.path if path]; import pytest"
 UNHIDE = (
     f"[ -d {R2E_TESTS} ] || for place in /root/{R2E_TESTS} /{R2E_TESTS}; do "
     f'[ -d "$place" ] && cp -r "$place" {R2E_TESTS} && break; done; [ -d {R2E_TESTS} ]'
@@ -53,11 +55,20 @@ def grade_patch(start: Callable[[], Container], instance: Mapping[str, Json], pa
     `start` gives a fresh container with the base commit in its work folder; `instance` is the truth that
     `instance.instance_of` reads. Raises ContainerLost and BadInstance where there is no verdict.
     """
+    try:
+        return _graded(start, instance, patch, seconds)
+    except UserError:
+        raise
+    except ValueError as error:  # a name or a text that no file and no command can hold
+        raise BadInstance(f"the row cannot be graded: {error}") from error
+
+
+def _graded(start: Callable[[], Container], instance: Mapping[str, Json], patch: bytes, seconds: float) -> Graded:
     if not instance.get("FAIL_TO_PASS") and not instance.get("expected"):
         raise BadInstance("the row names no FAIL_TO_PASS and no expected_output_json; join it with its data set")
     if not patch.strip():
         return Graded(False, "nothing changed", {"fail_to_pass": 0.0, "pass_to_pass": 1.0})
-    with _running(start) as attempt:
+    with _attempt(start) as attempt:
         refused = attempt.prepare(instance, patch)
         if refused:
             return Graded(False, refused, {"fail_to_pass": 0.0, "pass_to_pass": 0.0})
@@ -71,28 +82,27 @@ def grade_patch(start: Callable[[], Container], instance: Mapping[str, Json], pa
     changed, ids = controls(tests, _trusted(instance, statuses))
     if not ids:
         return graded
-    with _running(start) as attempt:
+    with _attempt(start) as attempt:
         attempt.prepare(instance, patch)
         for path, text in changed.items():
             attempt.container.write(path, text.encode())
         again = attempt.statuses(list(changed), seconds)
     if isinstance(again, Graded):
         return again
+    if not again:
+        return Graded(False, "no report of the tests with a wrong expectation", graded.parts)
     forged = next((test for test, status in again.items() if status == "PASSED" and test.partition("[")[0] in ids), "")
     return Graded(False, f"{forged}: passes with a wrong expectation, too", graded.parts) if forged else graded
 
 
-class _running:
+@contextmanager
+def _attempt(start: Callable[[], Container]) -> Iterator[Attempt]:
     """A container for the time of a `with`."""
-
-    def __init__(self, start: Callable[[], Container]) -> None:
-        self.container = start()
-
-    def __enter__(self) -> Attempt:
-        return Attempt(self.container)
-
-    def __exit__(self, *_: object) -> None:
-        self.container.stop()
+    container = start()
+    try:
+        yield Attempt(container)
+    finally:
+        container.stop()
 
 
 class Attempt:
@@ -121,7 +131,10 @@ class Attempt:
         return ""
 
     def _git(self, command: Sequence[str], stdin: bytes = b"") -> Ran:
-        return self.container.run(command, 60.0, stdin)
+        ran = self.container.run(command, GIT_S, stdin)
+        if ran.code is None:
+            raise ContainerLost(f"git did not end within {GIT_S:g} s")
+        return ran
 
     def test_texts(self, instance: Mapping[str, Json]) -> dict[str, str]:
         """The test files that are run, with their texts; BadInstance for one that is not there."""
@@ -134,24 +147,25 @@ class Attempt:
         return texts
 
     def _hidden_files(self) -> list[str]:
-        listed = self.container.run(["find", R2E_TESTS, "-name", "*.py", "-type", "f"], 60.0)
+        listed = self.container.run(["find", R2E_TESTS, "-name", "test*.py", "-type", "f"], 60.0)
         return sorted(path for path in listed.stdout.decode("utf-8", "replace").split("\n") if path)
 
     def statuses(self, files: Sequence[str], seconds: float) -> dict[str, str] | Graded:
         """Each test's status by its id; a Graded without verdict when time or memory ran out."""
         nonce = secrets.token_hex(16)
         request = "\n".join([nonce, *files]).encode("utf-8", "replace")
-        began = time.monotonic()
-        ran = self.container.run(["python", "-c", _runner()], seconds, request, REPORT_BYTES)
+        try:
+            ran = self.container.run(["python", "-c", _runner()], seconds, request, REPORT_BYTES)
+        except ContainerEnded:
+            return {}
         if ran.code is None:
             return Graded(False, f"the tests did not end within {seconds:g} s", timed_out=True)
         if ran.out_of_memory or self.container.out_of_memory():
             return Graded(False, "the tests ran out of memory", out_of_memory=True)
-        if ran.code == 127 and time.monotonic() - began < GRACE_S:
-            raise ContainerLost("there is no python in the container")
-        if b"No module named 'pytest'" in ran.stderr or b"No module named pytest" in ran.stderr:
-            raise BadInstance("there is no pytest in the container")
-        return read_report(ran.stdout.decode("utf-8", "replace"), nonce)
+        report = read_report(ran.stdout.decode("utf-8", "replace"), nonce)
+        if not report and self.container.run(["python", "-c", PROBE], 60.0).code != 0:
+            raise BadInstance("there is no python with pytest in the container")
+        return report
 
 
 def read_report(text: str, nonce: str) -> dict[str, str]:
@@ -230,7 +244,7 @@ def _test_files(instance: Mapping[str, Json]) -> list[str]:
     hidden = instance.get("hidden_tests")
     if not instance.get("FAIL_TO_PASS") and isinstance(hidden, dict):
         return [path for path in hidden if not path.endswith("__init__.py")]
-    odd = next((test for test in ids if "::" not in test), None)
+    odd = next((test for test in ids if "::" not in test or test.startswith("-")), None)
     if odd is not None:
         raise BadInstance(f"{odd!r} is no test id of pytest (file::test)")
     return list(dict.fromkeys(test.partition("::")[0] for test in ids))

@@ -25,11 +25,14 @@ PROTECTED = (
 
 LOADED_BY_THEMSELVES = ("conftest.py", "sitecustomize.py", "usercustomize.py")
 
-HIDE = """rm -rf /r2e_tests /root/r2e_tests r2e_tests /run_tests.sh /root/run_tests.sh run_tests.sh
+HIDDEN = ("/r2e_tests", "/root/r2e_tests", "/run_tests.sh", "/root/run_tests.sh")
+"""Where R2E-Gym's images keep the tests that grade."""
+
+HIDE = """rm -rf r2e_tests run_tests.sh
 git checkout --quiet --detach && git for-each-ref --format='delete %(refname)' | git update-ref --stdin
 git remote | xargs -r -n 1 git remote remove; git reflog expire --expire=now --all; rm -f .git/FETCH_HEAD .git/ORIG_HEAD
 true"""
-"""Takes from an agent's container what it should not find: R2E-Gym's tests, and names of later commits."""
+"""Takes from an agent's repository what it should not find: R2E-Gym's tests, and names of later commits."""
 
 HEADER = re.compile(rb"^(?:\+\+\+ b/|--- a/|rename to |rename from )([^\t\n]+)", re.MULTILINE)
 

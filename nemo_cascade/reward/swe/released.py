@@ -15,11 +15,21 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nemo_cascade.reward.runtimes import ENGINES, NAMES, Container, ContainerLost, Machine, Place, Runtime, first_engine
+from nemo_cascade.reward.runtimes import (
+    ENGINES,
+    NAMES,
+    Container,
+    ContainerEnded,
+    ContainerLost,
+    Machine,
+    Place,
+    Runtime,
+    first_engine,
+)
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
 from nemo_cascade.reward.swe.grading import BadInstance, Graded, grade_patch
 from nemo_cascade.reward.swe.instance import image_of, sif_of
-from nemo_cascade.reward.swe.patch import HIDE, changes, head
+from nemo_cascade.reward.swe.patch import HIDDEN, HIDE, changes, head
 from nemo_cascade.reward.swe.verdict import Ending, verdict
 from nemo_cascade.reward.swe.workspace import Workspace
 from nemo_cascade.types import Invalid, Message, Outcome, Task, ToolCall, Transcript, UserError
@@ -81,7 +91,7 @@ class ReleasedRows:
         self._ended: OrderedDict[str, Ended] = OrderedDict()
         self._engine = ""
 
-    def start(self, task: Task) -> Container:
+    def start(self, task: Task, hidden: tuple[str, ...] = ()) -> Container:
         """A container with the repository at its base commit; UserError when nothing here can run it."""
         truth, settings = task.truth, self.settings
         folder = folder_of(truth, settings.repositories)
@@ -103,7 +113,7 @@ class ReleasedRows:
                 "the row names no image (docker_image): join it with R2E-Gym-Subset, or set data.options.swe_agentic."
                 "image"
             )
-        return self._runtime(name).start(Place(image, files))
+        return self._runtime(name).start(Place(image, files, hidden))
 
     def _first_engine(self) -> str:
         if not self._engine:
@@ -191,8 +201,9 @@ class ReleasedEpisode:
         self.ended = Ended()
         self._ending = threading.Lock()
         self._container: Container | None = None
+        self._gone = False
         try:
-            self._container = owner.start(task)
+            self._container = owner.start(task, HIDDEN)
             self.base = head(self._container, SETUP_S)
             if folder_of(task.truth, owner.settings.repositories) is None:
                 self._container.run(["sh", "-c", HIDE], SETUP_S)
@@ -213,9 +224,9 @@ class ReleasedEpisode:
                 break
             left = min(turn_ends, self.deadline) - time.monotonic()
             answers.append(Message("tool", self._answer(call, left)))
-            if self.ended.lost:
+            if self._gone:
                 break
-        finished = len(answers) < len(message.tool_calls) or not answers
+        finished = self._gone or len(answers) < len(message.tool_calls) or not answers
         if finished or self._late() or self.turns == self.max_turns:
             self._end()
         self.said += answers
@@ -228,12 +239,15 @@ class ReleasedEpisode:
         settings = self.owner.settings
         try:
             return Workspace(self._container, settings.command_timeout_s, settings.output_chars).call(call, seconds)
+        except ContainerEnded as error:
+            self.ended.reason = str(error)
         except ContainerLost as error:
             if self._container.out_of_memory():
                 self.ended.out_of_memory = True
             else:
                 self.ended.lost = f"{self.task.id}: {error}"
-            return "error: the container is gone"
+        self._gone = True
+        return "error: the container is gone"
 
     def _late(self) -> bool:
         if time.monotonic() >= self.deadline:
@@ -260,7 +274,7 @@ class ReleasedEpisode:
 
     def _take_patch(self) -> None:
         ended = self.ended
-        if self._container is None or ended.lost or self._late() or ended.out_of_memory:
+        if self._container is None or ended.lost or self._late() or self._gone:
             return
         try:
             ended.out_of_memory = self._container.out_of_memory()

@@ -204,7 +204,7 @@ def test_a_stored_rollout_is_played_again(services: Services, domain: SweAgentic
 
 
 def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, task: Task) -> None:
-    options = {**domain.options, "command_timeout_s": 1.0, "output_chars": 200}
+    options = {**domain.options, "command_timeout_s": 4.0, "output_chars": 200}
     episode = SweAgentic(services, options).begin(task)
 
     def said(command: str) -> str:
@@ -214,7 +214,7 @@ def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, 
 
     try:
         assert said("exit 3") == "[exit status 3]"
-        assert said("echo on; sleep 30") == "on\n[ended after 1 s]"
+        assert said("echo on; sleep 30") == "on\n[ended after 4 s]"
         long = said("seq 1 100000")
         assert long.startswith("1\n2\n") and long.endswith("\n99999\n100000") and 200 < len(long) < 300
         assert said("kill -9 $PPID; sleep 1") == "[exit status 137]"
@@ -224,10 +224,10 @@ def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, 
         assert said("python -c 'x = bytearray(2 << 30)' 2>&1 | tail -n 1") == "MemoryError"
         assert said("id -u") not in ("0", "")
         assert said("ls /etc /home /var 2>&1 | grep -c 'No such file'") == "3"
-        both = (ToolCall("run", {"command": "sleep 5"}), ToolCall("run", {"command": "echo late"}))
+        both = (ToolCall("run", {"command": "sleep 9"}), ToolCall("run", {"command": "echo late"}))
         answers = episode.reply(Message("assistant", tool_calls=both))
         assert answers is not None
-        assert [answer.content for answer in answers] == ["[ended after 1 s]", "error: the time for this turn is over"]
+        assert [answer.content for answer in answers] == ["[ended after 4 s]", "error: the time for this turn is over"]
     finally:
         episode.close()
 
@@ -258,17 +258,16 @@ def test_wrong_calls_are_answered_and_change_nothing(domain: SweAgentic, task: T
 
 def test_the_clock_of_a_rollout(services: Services, domain: SweAgentic, task: Task) -> None:
     """Resolved or not, a rollout that ran out of time is no answer; the clock covers sampling, too."""
-    hurried = SweAgentic(services, {**domain.options, "agent_timeout_s": 1.5})
+    late = Invalid("the rollout ran out of its wall-clock time")
+    hurried = SweAgentic(services, {**domain.options, "agent_timeout_s": 8.0})
     outcome, answers = play(hurried, task, [GOOD, turn("run", command="sleep 30"), DONE])
-    assert outcome == Invalid("the rollout ran out of its wall-clock time")
-    assert answers == ["ok"]
-    episode = hurried.begin(task)
+    assert (outcome, answers) == (late, ["ok"])
+    episode = domain.begin(task)
     assert episode.reply(GOOD) is not None
-    time.sleep(1.6)
+    episode.deadline = time.monotonic()  # as if the next turn had been sampled for an hour
     assert episode.reply(DONE) is None
     episode.close()
-    said = (GOOD, Message("tool", "ok"), DONE)
-    assert hurried.score(task, Transcript(said)) == Invalid("the rollout ran out of its wall-clock time")
+    assert domain.score(task, Transcript((GOOD, Message("tool", "ok"), DONE))) == late
 
 
 def test_tests_that_do_not_end_or_need_too_much(services: Services, domain: SweAgentic, task: Task) -> None:
@@ -277,9 +276,14 @@ def test_tests_that_do_not_end_or_need_too_much(services: Services, domain: SweA
     assert outcome == Invalid("the tests ran out of their wall-clock time")
 
 
-def test_a_command_that_ends_its_sandbox_costs_the_rollout_its_verdict(domain: SweAgentic, task: Task) -> None:
-    outcome, _ = play(domain, task, [GOOD, turn("run", command="kill -9 -1"), DONE])
-    assert isinstance(outcome, Invalid) and "ended its sandbox" in outcome.reason
+def test_who_ends_the_sandbox_earns_nothing(domain: SweAgentic, task: Task) -> None:
+    """The agent's own one, and that of the tests: neither is a failure of ours."""
+    outcome, answers = play(domain, task, [GOOD, turn("run", command="kill -9 -1"), DONE])
+    assert outcome == Scored(0.0, {}, "a command ended its sandbox")
+    assert answers == ["ok"]
+    kill = edit("RATE = 20", "RATE = 20\nimport os\nos.kill(-1, 9)")
+    outcome, _ = play(domain, task, [GOOD, kill, DONE])
+    assert isinstance(outcome, Scored) and outcome.reason.endswith("TestTax::test_of_hundred: no result")
 
 
 def test_r2e_rows_are_graded_by_recorded_statuses(domain: SweAgentic, clone: tuple[Path, str]) -> None:
@@ -322,6 +326,8 @@ def test_r2e_rows_are_graded_by_recorded_statuses(domain: SweAgentic, clone: tup
     [
         ({"FAIL_TO_PASS": None}, "names no FAIL_TO_PASS"),
         ({"FAIL_TO_PASS": ["test_tax (tests.TaxCase)"]}, "is no test id of pytest"),
+        ({"FAIL_TO_PASS": ["-pcheat::test_x"]}, "is no test id of pytest"),
+        ({"FAIL_TO_PASS": ["tests/\ud800.py::test_x"]}, "cannot be graded: 'utf-8' codec can't encode"),
         ({"FAIL_TO_PASS": ["tests/test_new.py::test_x"]}, "test file tests/test_new.py is not in the repository"),
         ({"test_patch": TEST_PATCH_OF_ANOTHER}, "test_patch does not apply"),
     ],

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Stands for `docker`, `podman` or `apptainer`: reads their command lines and really runs what they ask for.
 
-A process of its own, written as a file of the engine's name and put on the path. An image is a folder below $STANDIN; a
-container is a copy of it. Commands run in bubblewrap with namespaces of their own and the copy at /testbed, never
-directly. It refuses every option that it does not know, so that a misspelt one is seen, and writes each command line to
-$STANDIN/log.
+A process of its own, written as a file of the engine's name and put on the path. An image is a folder below $STANDIN
+that stands for its root; a container is a copy of it. Commands run in bubblewrap with namespaces of their own and the
+copy as root, never directly. It refuses every option that it does not know, so that a misspelt one is seen, and writes
+each command line to $STANDIN/log.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,23 +43,19 @@ def parsed(kind, words):
     return options, words
 
 
-def inside(folder, argv, place, variables, binds=()):
-    """The bubblewrap command line of one command in a container."""
-    command = [
-        "bwrap",
-        "--die-with-parent",
-        "--new-session",
-        "--unshare-all",
-        "--clearenv",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-    ]
+def copied(image, root):
+    """The image as the root of a container."""
+    shutil.copytree(HOME / image, root, symlinks=True, dirs_exist_ok=True)
     for name in ("bin", "lib", "lib64", "sbin"):
-        command += ["--symlink", f"usr/{name}", f"/{name}"]
-    for path in os.environ["STANDIN_PACKAGES"].split(":"):
+        os.symlink(f"usr/{name}", Path(root, name))
+
+
+def inside(root, argv, place, variables, binds=()):
+    """The bubblewrap command line of one command in a container."""
+    command = ["bwrap", "--die-with-parent", "--new-session", "--unshare-all", "--clearenv", "--bind", str(root), "/"]
+    for path in ("/usr", *os.environ["STANDIN_PACKAGES"].split(":")):
         command += ["--ro-bind", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(folder), "/testbed"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     for source, target in binds:
         command += ["--bind", source, target]
     for text in [*variables, *json.loads(os.environ.get("STANDIN_ENV", "[]"))]:
@@ -79,7 +76,7 @@ def docker(words):
         if not (HOME / image).is_dir():
             sys.exit(f"Unable to find image '{image}': pull access denied")
         folder = HOME / "containers" / options["--name"][0]
-        shutil.copytree(HOME / image, folder, symlinks=True)
+        copied(image, folder)
         entry = subprocess.Popen([options["--entrypoint"][0], *argv])  # echo and cat of ours, nothing of the image's
         code = entry.wait()
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +86,7 @@ def docker(words):
         folder = HOME / "containers" / name
         if not folder.is_dir():
             sys.exit(f"No such container: {name}")
-        if "--user" in options and (folder / ".owned_by_root").exists() and argv[-3:] == ["test", "-w", "."]:
+        if "--user" in options and (HOME / "owned_by_root").exists() and argv[-3:] == ["test", "-w", "."]:
             sys.exit(1)
         os.execvp("bwrap", inside(folder, argv, options["--workdir"][0], options.get("--env", [])))
     elif verb == "inspect":
@@ -114,10 +111,12 @@ def apptainer(words):
     source = HOME / Path(image.removeprefix("docker://")).name
     if not source.is_dir():
         sys.exit(f"FATAL: could not open image {image}")
-    bound, _, target = options["--bind"][0].rpartition(":")
-    folder = Path(bound) if target == "/testbed" else source
-    binds = [] if target == "/testbed" else [(bound, target)]
-    os.execvp("bwrap", inside(folder, argv, options["--pwd"][0], options["--env"], binds))
+    with tempfile.TemporaryDirectory(dir=HOME) as root:  # what a command changes in the image is lost with it
+        copied(source.name, root)
+        binds = [bind.split(":")[:2] for bind in options["--bind"]]
+        sys.exit(
+            subprocess.run(inside(root, argv, options["--pwd"][0], options["--env"], binds), check=False).returncode
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ No container engine runs here: what is proven is the command lines, the behaviou
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = Path(engine_standin.__file__).read_text()
         (place / name).write_text(text.replace("/usr/bin/env python3", f"{sys.executable} -S"))
         (place / name).chmod(0o755)
-    image = home / IMAGE
+    image = home / IMAGE / "testbed"
     image.mkdir(parents=True)
     repository(image)
     git(image, "reset", "--quiet", "--hard", "HEAD~1")  # the later commit stays reachable in the reflog, as in images
@@ -143,7 +144,7 @@ def test_commands_run_without_rights_where_the_image_allows(engines: Path) -> No
     container.run(["true"], 5)
     assert "--user" in calls(engines)[-1]
     container.stop()
-    (engines / IMAGE / ".owned_by_root").touch()
+    (engines / "owned_by_root").touch()
     container = docker.start(Place(IMAGE))
     container.run(["true"], 5)
     assert "--user" not in calls(engines)[-1]
@@ -205,6 +206,9 @@ def test_a_container_that_vanishes_is_lost_and_not_a_failure_of_the_answer(engin
     with pytest.raises(ContainerLost, match="has ended"):
         container.run(["true"], 5)
     container.stop()
+    for name, image in (("docker", "-v/:/x"), ("docker", "a\0b"), ("apptainer", "--bind=/"), ("apptainer", "a\0b")):
+        with pytest.raises(ContainerLost, match="is no image"):
+            runtimes.load(name, MACHINE).start(Place(image))
     with pytest.raises(ContainerLost, match="image other did not start: Unable to find image"):
         runtimes.load("docker", MACHINE).start(Place("other"))
     with pytest.raises(ContainerLost, match=r"docker://other did not start: FATAL: could not open image"):
@@ -230,13 +234,16 @@ def test_an_engine_that_is_missing_or_down_is_named_with_its_remedy(
         runtimes.load("bubblewrap", MACHINE).start(Place("x"))
 
 
-@pytest.mark.parametrize("name", ["docker", "apptainer", pytest.param("podman", marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("podman", "apptainer")]
+
+
+@pytest.mark.parametrize("name", ["docker", *SLOWLY])
 def test_a_rollout_in_an_image(name: str, engines: Path) -> None:
     """Right and wrong repairs; the agent finds neither the later commit nor a way to keep its container."""
     services = Services()
     options = {"runtime": name, "memory_mb": 2048, "tests_timeout_s": 60.0, "start_timeout_s": 30.0}
     domain = SweAgentic(services, options | {"image": IMAGE.replace("acme_s_shop-7", "{instance_id}")})
-    base = git(engines / IMAGE, "rev-parse", "HEAD").strip()
+    base = git(engines / IMAGE / "testbed", "rev-parse", "HEAD").strip()
     task = domain.parse_row(row(base, instance_id="acme_s_shop-7"), "rows:1")
     try:
         log = turn("run", command="git log --oneline --all --reflog | cat")
@@ -276,3 +283,35 @@ def test_a_row_without_an_image_or_with_one_that_is_not_there(engines: Path) -> 
         outcome, answers = play(domain, task, [turn("run", command="ls"), DONE])
         assert isinstance(outcome, Invalid) and reason in outcome.reason
         assert answers == []
+
+
+@pytest.mark.parametrize("name", ["docker", "apptainer"])
+def test_r2e_tests_of_an_image_are_hidden_from_the_agent_and_grade_it(name: str, engines: Path) -> None:
+    hidden = engines / IMAGE / "r2e_tests"
+    hidden.mkdir()
+    (hidden / "test_1.py").write_text(
+        "from shop.prices import with_tax\n\n\ndef test_a():\n    assert with_tax(100) == 120\n"
+    )
+    (engines / IMAGE / "run_tests.sh").write_text("pytest -rA r2e_tests\n")
+    services = Services()
+    domain = SweAgentic(services, {"runtime": name, "memory_mb": 2048, "start_timeout_s": 30.0})
+    fields = {"instance_id": "shop", "repo": "shop", "base_commit": "HEAD", "problem_statement": "?"}
+    expected = {"docker_image": IMAGE, "expected_output_json": '{"test_a": "PASSED"}'}
+    task = domain.parse_row({**fields, **expected}, "rows:1")
+    try:
+        look = turn(
+            "run", command="find / -path /proc -prune -o -path '*r2e_tests*' -type f -print 2>&1 | grep -v denied"
+        )
+        outcome, answers = play(domain, task, [look, edit(FAULT, REPAIR), DONE])
+        assert outcome == Scored(1.0, {"as_recorded": 1.0}, "all tests as recorded")
+        assert answers[0] == "[exit status 1]"  # nothing found
+        outcome, _ = play(domain, task, [edit(FAULT, "RATE // 50"), DONE])
+        assert outcome == Scored(0.0, {"as_recorded": 0.0}, "test_a: FAILED, not PASSED")
+    finally:
+        services.close()
+    shutil.rmtree(hidden)
+    other = dataclasses.replace(task, id="other")
+    outcome, _ = play(domain, other, [edit(FAULT, REPAIR), DONE])
+    assert isinstance(outcome, Invalid) and "neither in the row nor in its image" in outcome.reason
+    services.close()
+    assert left_behind(engines) == []
