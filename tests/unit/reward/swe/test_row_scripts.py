@@ -206,7 +206,7 @@ def test_a_row_that_cannot_run_says_how_it_could(services: Services, row: dict[s
 def test_an_image_of_an_engine_runs_the_row(engines: Path, row: dict[str, Json], engine: str) -> None:
     """Stand-in engines, whose containers keep nothing but the repository between two commands."""
     name = "sweb.eval.x86_64.owner_s_calc-1"
-    image = engines / (f"xingyaoww/{name}" if engine == "docker" else name)
+    image = engines / (f"xingyaoww/{name}" if engine == "docker" else name) / "testbed"
     image.mkdir(parents=True)
     assert build_repository(BASE, image) == row["instance"]["base_commit"]
     services = Services()
