@@ -269,7 +269,7 @@ def evaluate(options: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
         **({"domains": names} if names else {}),
     )
-    cells = _weights().evaluate_folder(options.checkpoint, config, judge=judges.for_evaluation(config, cascade))
+    cells = _weights().evaluate_folder(options.checkpoint, config, **judges.for_evaluation(config, cascade))
     rows = [
         {"domain": domain, "mode": mode, "score": cell.value, "ci_low": cell.low, "ci_high": cell.high, "n": cell.n}
         for (domain, _, mode), cell in cells.items()

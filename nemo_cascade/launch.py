@@ -203,9 +203,11 @@ def build_domains(run: StageRun, place: Place) -> Iterator[StageDomains]:
             judge = stack.enter_context(open_judge(config, place))
             if isinstance(config, JudgeConfig):
                 services.preference_judge = PreferenceJudge(judge, config)
-            else:
-                assert key == judges.EQUIVALENCE
+            elif key == judges.EQUIVALENCE:
                 services.equivalence_judge = judge
+            else:
+                assert key == judges.REPAIR
+                services.repair_judge = judge
         training = {name: load(name, services, run.config.data.options.get(name)) for name in trained}
         measured = {name: load(name, services, measure.options.get(name)) for name in measure.domains}
         yield StageDomains(by_both_names(training), by_both_names(measured), services.take_counts)
@@ -283,7 +285,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     """Build the task stream, the sampler and the refit, and run grpo or mopd. Recorded rollouts need neither of the
     latter.
     """
-    from nemo_cascade.data.tasks import PromptLimit, task_stream
+    from nemo_cascade.data.tasks import PromptLimit, least_tokens, task_stream
     from nemo_cascade.learner import ranks
     from nemo_cascade.observe.first_step import FirstStep
     from nemo_cascade.refit.nowhere import NoRefit
@@ -292,7 +294,7 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
     from nemo_cascade.stages import grpo, mopd
 
     config = run.config
-    limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens)
+    limit = PromptLimit(chat.prompt_ids, config.sampling.max_prompt_tokens, least_tokens(domains))
     record.task_counts = limit.metrics
     record.first_step = FirstStep.of(config, run.hardware)
     record.rollouts_every = 1 if config.mode == "sample_only" else config.record_every
@@ -327,9 +329,8 @@ def train_on_rollouts(  # noqa: PLR0913 - what train has built
         else:
             reference = run.init_folder if config.loss.kl > 0.0 else None
             grpo.train(config, tasks, source, learner, sampler, refit, record, checkpoints, reference)
-    if limit.dropped:
-        dropped = ", ".join(f"{number} of {domain}" for domain, number in sorted(limit.dropped.items()))
-        LOG.info("%s: prompts over sampling.max_prompt_tokens were dropped: %s", run.stage, dropped)
+    for line in limit.said():
+        LOG.info("%s: %s", run.stage, line)
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_cascade import domains
 from nemo_cascade.cascade.data_checks import check_evaluation_tables, check_training_tables
 from nemo_cascade.cascade.graph import Graph, Source
-from nemo_cascade.cascade.judges import check_judges, without_their_keys
+from nemo_cascade.cascade.judges import KEYS, check_judges, without_their_keys
 from nemo_cascade.config.load import Loaded
 from nemo_cascade.config.paths import hf_folder, tokenizer_folder
 from nemo_cascade.config.schema import HardwareConfig, MopdConfig, RolloutStage, SftConfig, StageBase
@@ -21,11 +21,14 @@ from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.dtypes import profile_of
 from nemo_cascade.observe.rollouts import recorded_steps
 from nemo_cascade.reward.bubblewrap import INSTALL
+from nemo_cascade.reward.runtimes import INSTALL as ENGINE_INSTALL
 from nemo_cascade.rollout import trtllm
 from nemo_cascade.types import NO_CHOICE, UserError
 
 SANDBOXED = ("code", "swe_agentless", "swe_agentic")
 """Domains whose reward runs what the model wrote."""
+CONTAINED = ("swe_agentless", "swe_agentic")
+"""Domains whose rows may run in containers of an engine."""
 
 
 def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str) -> None:
@@ -253,7 +256,8 @@ def missing_inputs(loaded: Loaded, graph: Graph) -> Iterator[str]:
             problem = _unrecorded(stage)
             if problem:
                 yield f"{origin}: key 'rollouts': {problem}"
-        for key, judge in (("judge", stage.judge), ("equivalence_judge", stage.equivalence_judge)):
+        for key in KEYS:
+            judge = getattr(stage, key)
             folder = hf_folder(judge.serve) if judge is not None and judge.serve else None
             if folder is not None and not (folder / "config.json").is_file():
                 yield f"{origin}: key '{key}.serve': {folder} is no Hugging Face folder (config.json is missing)"
@@ -300,6 +304,11 @@ def missing_programs(stages: Iterable[StageBase]) -> Iterator[str]:
     for stage in stages:
         for key in without_their_keys(stage):
             yield f"key '{key}': the environment variable that it names is not set; export it"
+        for domain in CONTAINED:
+            engine = str(stage.data.options.get(domain, {}).get("runtime"))
+            if engine in ENGINE_INSTALL and shutil.which(engine) is None:
+                remedy = ENGINE_INSTALL[engine]
+                yield f"key 'data.options.{domain}.runtime': {engine} is not installed; {remedy}"
         if isolated:
             continue
         scored = set(stage.data.domains) if isinstance(stage, RolloutStage) else set()

@@ -33,7 +33,10 @@ from nemo_cascade.types import UserError
 
 SCHEMA = 1
 """Raised by whoever changes what a stage computes from the same config."""
-VOLATILE = ("save_every", "keep_steps", "evaluation", "judge", "equivalence_judge", "gates", "init", "rollouts")
+VOLATILE = (
+    *("save_every", "keep_steps", "evaluation", "gates", "init", "rollouts"),
+    *("judge", "equivalence_judge", "repair_judge"),
+)
 """Fields of a stage that are hashed in another way or not at all."""
 NOT_THE_JUDGE = ("serve", "url", "timeout_s", "retries", "api_key_env")
 """Keys of a judge that say where it is and how long to wait; the others, and a served checkpoint, are its identity."""

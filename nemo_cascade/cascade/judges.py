@@ -11,8 +11,10 @@ from nemo_cascade.config.schema import CascadeConfig, EvaluationConfig, RolloutS
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.types import UserError
 
-PREFERENCE, EQUIVALENCE = "judge", "equivalence_judge"
-"""Keys of a stage file: who compares a group's answers, and who compares an answer with the expected one."""
+PREFERENCE, EQUIVALENCE, REPAIR = KEYS = ("judge", "equivalence_judge", "repair_judge")
+"""Keys of a stage file: who compares a group's answers, who compares an answer with the expected one, and who says
+whether a patch resolves its issue.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def asked_in_training(stage: StageBase) -> list[Asked]:
         found.append(_equivalence("data"))
     if "math" in stage.data.domains and _falls_back(stage.data.options):
         found.append(_fallback("data"))
+    if "swe_agentless" in stage.data.domains:
+        found += _repairs("data", bool(stage.data.files.get("swe_agentless")), stage.data.options)
     return found
 
 
@@ -48,13 +52,16 @@ def asked_in_evaluation(evaluation: EvaluationConfig | None) -> list[Asked]:
         found.append(_equivalence("evaluation"))
     if "math" in evaluation.domains and _falls_back(evaluation.options):
         found.append(_fallback("evaluation"))
+    if "swe_agentless" in evaluation.domains:
+        rows = evaluation.report > 0 and bool(evaluation.files.get("swe_agentless"))
+        found += _repairs("evaluation", rows, evaluation.options)
     return found
 
 
 def _outside(domains: Iterable[str]) -> list[Asked]:
     """Nobody knows what a domain of the user's own asks, so it gets every judge that is configured."""
     own = [domain for domain in domains if ":" in domain]
-    return [Asked(key, f"{own[0]} may ask it", required=False) for key in (PREFERENCE, EQUIVALENCE)] if own else []
+    return [Asked(key, f"{own[0]} may ask it", required=False) for key in KEYS] if own else []
 
 
 def _graded(domain: str, files: Mapping[str, Collection[str]], options: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -77,6 +84,18 @@ def _equivalence(section: str) -> Asked:
     )
 
 
+def _repairs(section: str, rows: bool, options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
+    """The judge of patches: of all with `reward: judge`, of rows without their image with `without_image: judge`."""
+    own = options.get("swe_agentless", {})
+    reward = own.get("reward", "execution")
+    if reward == "judge":
+        return [Asked(REPAIR, f"{section}.options.swe_agentless.reward is judge: a model judges patches")]
+    if rows and reward == "execution" and own.get("without_image") == "judge":
+        why = f"{section}.options.swe_agentless.without_image is judge: a model judges patches that cannot run here"
+        return [Asked(REPAIR, why)]
+    return []
+
+
 def configured(stage: StageBase, asked: Iterable[Asked]) -> dict[str, JudgeAddress]:
     """Key -> config of the judges that are asked and that the stage or its cascade names."""
     found = {item.key: getattr(stage, item.key) for item in asked}
@@ -85,7 +104,7 @@ def configured(stage: StageBase, asked: Iterable[Asked]) -> dict[str, JudgeAddre
 
 def check_judges(stage: StageBase, origin: str) -> None:
     """Refuse a stage that needs a judge and names none."""
-    named = {key: getattr(stage, key) for key in (PREFERENCE, EQUIVALENCE)}
+    named = {key: getattr(stage, key) for key in KEYS}
     refuse_unnamed((*asked_in_training(stage), *asked_in_evaluation(stage.evaluation)), named, origin)
 
 
@@ -100,13 +119,17 @@ def refuse_unnamed(asked: Iterable[Asked], judges: Mapping[str, JudgeAddress | N
             )
 
 
-def for_evaluation(evaluation: EvaluationConfig, cascade: CascadeConfig) -> JudgeAddress | None:
-    """The cascade's judge of a single checkpoint's answers, None where nothing asks it; UserError where one is needed
-    and none is named.
+def for_evaluation(evaluation: EvaluationConfig, cascade: CascadeConfig) -> dict[str, JudgeAddress]:
+    """The judges of the cascade that a single checkpoint's answers ask, as arguments of `evaluate_folder`; UserError
+    where one is needed and none is named.
     """
-    asked = [item for item in asked_in_evaluation(evaluation) if item.key == EQUIVALENCE]
-    refuse_unnamed(asked, {EQUIVALENCE: cascade.equivalence_judge}, f"cascade {cascade.name}")
-    return cascade.equivalence_judge if asked else None
+    found: dict[str, JudgeAddress] = {}
+    for name, key in (("judge", EQUIVALENCE), ("repair_judge", REPAIR)):
+        asked = [item for item in asked_in_evaluation(evaluation) if item.key == key]
+        refuse_unnamed(asked, {key: getattr(cascade, key)}, f"cascade {cascade.name}")
+        if asked and getattr(cascade, key) is not None:
+            found[name] = getattr(cascade, key)
+    return found
 
 
 def without_their_keys(stage: StageBase) -> list[str]:

@@ -71,7 +71,8 @@ def load_cascade(path_or_name: str, overrides: Sequence[str] = ()) -> Loaded:
     routed = [route(text) for text in overrides]
     raw, cascade = _built(CascadeConfig, read_yaml(path), _of(routed, "cascade"), show(path))
     stage_files = _stage_files(cascade, path)
-    defaults = {key: raw[key] for key in ("evaluation", "judge", "equivalence_judge") if raw.get(key) is not None}
+    shared = ("evaluation", "judge", "equivalence_judge", "repair_judge")
+    defaults = {key: raw[key] for key in shared if raw.get(key) is not None}
     stages = {
         name: _read_stage(file, defaults, [item for target, item in routed if target in (f"stages.{name}", "stages.*")])
         for name, file in stage_files.items()

@@ -19,6 +19,7 @@ from nemo_cascade.config.schema_data import (
     EvaluationConfig,
     GateConfig,
     JudgeConfig,
+    RepairJudgeConfig,
 )
 from nemo_cascade.config.schema_hardware import HardwareConfig, TrackersConfig
 from nemo_cascade.types import UserError
@@ -217,6 +218,7 @@ class StageBase:
     gates: list[GateConfig] = field(default_factory=list)
     judge: Optional[JudgeConfig] = None  # of preference groups; None: the cascade's
     equivalence_judge: Optional[EquivalenceJudgeConfig] = None  # of long-context rows; None: the cascade's
+    repair_judge: Optional[RepairJudgeConfig] = None  # of agentless repairs; None: the cascade's
 
     def __post_init__(self) -> None:
         at_least("num_steps", self.num_steps, 1)
@@ -346,6 +348,7 @@ class CascadeConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judge: Optional[JudgeConfig] = None
     equivalence_judge: Optional[EquivalenceJudgeConfig] = None
+    repair_judge: Optional[RepairJudgeConfig] = None
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
 

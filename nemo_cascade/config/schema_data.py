@@ -141,6 +141,13 @@ class EquivalenceJudgeConfig(JudgeAddress):
 
 
 @dataclass
+class RepairJudgeConfig(JudgeAddress):
+    """The judge that says whether a patch resolves its issue (agentless repair, section 4.8.1)."""
+
+    KEY: ClassVar[str] = "repair_judge"
+
+
+@dataclass
 class JudgeConfig(JudgeAddress):
     """The preference judge of a group's answers, with the terms that section 5.4 adds to its scores."""
 

@@ -14,30 +14,60 @@ from nemo_cascade.config.schema import DataConfig
 from nemo_cascade.data.mixture import check_weights, slots
 from nemo_cascade.data.rows import AGENTS, agent_domain, read_jsonl
 from nemo_cascade.protocols import Domain
-from nemo_cascade.types import Split, Task, UserError
+from nemo_cascade.types import Json, Split, Task, UserError
 
 
 class PromptLimit:
-    """Drops tasks whose prompt is longer than `max_tokens`; `dropped` counts them by domain, each task once."""
+    """Drops tasks whose prompt is longer than `max_tokens`, or shorter than its domain's entry of `least`.
 
-    def __init__(self, prompt_ids: Callable[[Task], Sequence[int]], max_tokens: int) -> None:
+    `dropped` counts the long ones by domain and `too_short` the short ones, each task once.
+    """
+
+    def __init__(
+        self, prompt_ids: Callable[[Task], Sequence[int]], max_tokens: int, least: Mapping[str, int] = {}
+    ) -> None:
         self._prompt_ids = prompt_ids
         self._max_tokens = max_tokens
+        self._least = dict(least)
         self._seen: set[str] = set()
         self.dropped: Counter[str] = Counter()
+        self.too_short: Counter[str] = Counter()
 
     def keeps(self, task: Task) -> bool:
         """Whether the prompt fits."""
-        fits = len(self._prompt_ids(task)) <= self._max_tokens
-        if not fits and task.id not in self._seen:
+        return self.side(task) == 0
+
+    def side(self, task: Task) -> int:
+        """1 for a prompt that is too long, -1 for one that is too short, 0 for one that fits."""
+        length = len(self._prompt_ids(task))
+        side = (length > self._max_tokens) - (length < self._least.get(task.domain, 0))
+        if side and task.id not in self._seen:
             self._seen.add(task.id)
-            self.dropped[task.domain] += 1
-        return fits
+            (self.dropped if side > 0 else self.too_short)[task.domain] += 1
+        return side
 
     def metrics(self) -> dict[str, float]:
-        """The counts so far for metrics.jsonl: all of them, and by domain where there are any."""
+        """The counts so far for metrics.jsonl: all that were too long, and by domain where there are any."""
         line = {"prompts_dropped": float(self.dropped.total())}
-        return line | {f"prompts_dropped/{domain}": float(count) for domain, count in sorted(self.dropped.items())}
+        for name, counter in (("prompts_dropped", self.dropped), ("prompts_too_short", self.too_short)):
+            line |= {f"{name}/{domain}": float(count) for domain, count in sorted(counter.items())}
+        return line
+
+    def said(self) -> list[str]:
+        """What was dropped, in a line for either bound."""
+        bounds = (("over sampling.max_prompt_tokens", self.dropped), ("under min_prompt_tokens", self.too_short))
+        return [
+            f"prompts {bound} were dropped: "
+            + ", ".join(f"{number} of {domain}" for domain, number in sorted(counter.items()))
+            for bound, counter in bounds
+            if counter
+        ]
+
+
+def least_tokens(domains: Mapping[str, Domain]) -> dict[str, int]:
+    """Domain -> fewest tokens of its prompts, where it has an option `min_prompt_tokens`."""
+    options = {domain.name: getattr(domain, "options", {}) for domain in domains.values()}
+    return {name: int(own["min_prompt_tokens"]) for name, own in options.items() if own.get("min_prompt_tokens")}
 
 
 class TaskSource(Protocol):
@@ -77,13 +107,13 @@ class FileTasks:
     """Released rows, each epoch in another order; duplicates are read once.
 
     Some released files mix domains: a row whose `agent_ref` names another one is left to that domain. `skipped` counts
-    those rows by domain, `too_long` the rows over the prompt limit.
+    those rows by domain, `too_long` and `too_short` the prompts out of their bounds.
     """
 
     def __init__(self, domain: Domain, paths: Sequence[str], limit: PromptLimit | None = None) -> None:
         self._name = domain.name
         self.skipped: Counter[str] = Counter()
-        self.too_long = 0
+        self.too_long = self.too_short = 0
         found: dict[str, Task] = {}
         for path in paths:
             for where, row in read_jsonl(path):
@@ -91,11 +121,12 @@ class FileTasks:
                 if owner is not None and owner != domain.name and domain.name in AGENTS.values():
                     self.skipped[owner] += 1
                     continue
-                task = domain.parse_row(row, where)
-                if limit is None or limit.keeps(task):
-                    found.setdefault(task.id, task)
-                else:
-                    self.too_long += 1
+                for task in _tasks_of(domain, row, where):
+                    side = 0 if limit is None else limit.side(task)
+                    self.too_long += side > 0
+                    self.too_short += side < 0
+                    if side == 0:
+                        found.setdefault(task.id, task)
         if not found:
             raise UserError(f"data.files.{domain.name}: {self._why_empty(paths)}")
         self.tasks = list(found.values())
@@ -105,6 +136,9 @@ class FileTasks:
         gone = [f"{count} are {domain} rows by their agent_ref" for domain, count in sorted(self.skipped.items())]
         if self.too_long:
             gone.append(f"{self.too_long} prompts are over sampling.max_prompt_tokens; raise it")
+        if self.too_short:
+            option = f"data.options.{self._name}.min_prompt_tokens"
+            gone.append(f"{self.too_short} prompts are under {option}; lower it")
         return f"no row of {', '.join(paths)} is left: {'; '.join(gone) or 'there are none'}"
 
     def take(self, position: int, count: int, seed: int, without: Collection[str]) -> list[Task]:
@@ -125,6 +159,12 @@ class FileTasks:
         order = list(range(len(self.tasks)))
         random.Random(f"{self._name}/epoch {epoch}").shuffle(order)
         return order
+
+
+def _tasks_of(domain: Domain, row: Mapping[str, Json], where: str) -> list[Task]:
+    """The tasks of a row: more than one for a domain whose `parse_rows` makes several prompts of it."""
+    several = getattr(domain, "parse_rows", None)
+    return several(row, where) if several is not None else [domain.parse_row(row, where)]
 
 
 class TaskStream:

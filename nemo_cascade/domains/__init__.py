@@ -12,7 +12,7 @@ import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -24,6 +24,7 @@ from nemo_cascade.types import Json, Message, Outcome, Scored, Task, Tool, Trans
 if TYPE_CHECKING:
     from nemo_cascade.reward.judge import Judge
     from nemo_cascade.reward.math_equal import MathGrader
+    from nemo_cascade.reward.runtimes import Machine, Runtime
     from nemo_cascade.reward.sandbox import Sandbox
 
 
@@ -51,6 +52,8 @@ class Services:
     sandbox: Sandbox | None = None
     preference_judge: PreferenceJudge | None = None
     equivalence_judge: Judge | None = None
+    repair_judge: Judge | None = None
+    runtimes: dict[tuple[str, Machine, str], Runtime] = field(default_factory=dict)
 
     def math_grader(self) -> MathGrader:
         """The process pool that decides whether two expressions are equal."""
@@ -72,12 +75,20 @@ class Services:
         """What the services counted since the last call, as metrics of a step; {} without a preference judge."""
         return self.preference_judge.take_counts() if self.preference_judge is not None else {}
 
+    def runtime(self, name: str, machine: Machine, packages: str = "") -> Runtime:
+        """Where commands of software agents run, one for all who ask for the same."""
+        from nemo_cascade.reward import runtimes
+
+        key = (name, machine, packages)
+        return self.runtimes.get(key) or self.runtimes.setdefault(key, runtimes.load(*key))
+
     def close(self) -> None:
         """Stop what was started."""
-        for service in (self.math, self.sandbox):
+        for service in (self.math, self.sandbox, *self.runtimes.values()):
             if service is not None:
                 service.close()
         self.math = self.sandbox = None
+        self.runtimes.clear()
 
 
 class NoReply:
@@ -100,6 +111,7 @@ class SingleTurn(ABC):
 
     name: ClassVar[str] = ""
     max_turns: int = 1
+    verdict_deadline_s: float = 0.0  # where one verdict may take longer than the usual deadline, retries included
     DEFAULTS: ClassVar[Mapping[str, Json]] = {}
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
@@ -115,6 +127,10 @@ class SingleTurn(ABC):
                 wanted = OPTION_TYPES[type(self.DEFAULTS[key])]
                 raise UserError(f"data.options.{self.name}.{key}: {value!r} is not {wanted}")
             self.options[key] = value
+
+    def turns(self, task: Task) -> int:
+        """Assistant turns of this task's rollouts, at most `max_turns` unless a domain says otherwise."""
+        return self.max_turns
 
     def begin(self, task: Task) -> NoReply:
         """An environment that says nothing."""
@@ -232,6 +248,8 @@ FIELDS = (
     ("schema_str", "structured_output"),
     ("options", "mcqa"),
     ("ground_truth", "tool_use"),
+    ("relevant_file_contents", "swe_agentless"),
+    ("repository_files", "swe_agentless"),
     ("FAIL_TO_PASS", "swe_agentic"),
     ("instance", "swe_agentless"),
     ("question", "math"),

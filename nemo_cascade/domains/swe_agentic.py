@@ -1,8 +1,9 @@
 """Repairing a repository with tools: look, edit, run the tests (the agentic software stage, without thinking).
 
-The working copy is a checkout of the task's git repository that the tools change; what runs code runs in the sandbox.
-The reward replays the edits on a fresh checkout, puts the original tests back and asks whether FAIL_TO_PASS and
-PASS_TO_PASS pass: words, test runs and edits of tests count for nothing.
+Generated repositories are a few files in memory, and their tests run in the sandbox. Those of released rows live in a
+container (`reward/runtimes`): an image, or a clone on this machine (docs/swe.md). Either way the reward is asked of a
+fresh checkout with the agent's change and the original tests: FAIL_TO_PASS and PASS_TO_PASS must pass; words, test runs
+and edits of tests count for nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
 from nemo_cascade.reward.nano_repository import OPERATORS, make_repository
 from nemo_cascade.reward.repository import RepositoryTask
 from nemo_cascade.reward.repository_grader import RepositoryGrader, repository_task
+from nemo_cascade.reward.runtimes import Machine, Runtime
+from nemo_cascade.reward.swe import workspace
+from nemo_cascade.reward.swe.instance import instance_of
+from nemo_cascade.reward.swe.released import ReleasedEpisode, ReleasedRows, Settings
 from nemo_cascade.types import (
     Case,
     Invalid,
@@ -105,17 +110,54 @@ class WorkingCopy:
         return "pass" if outcome.reward == 1.0 else "fail"
 
 
+NANO_TURNS, ROW_TURNS = 6, 200  # the second: section 4.8.2
+INSTRUCTIONS = (
+    "You repair a software repository, which is the current folder of your tools. Find the cause of the issue, change "
+    "the code, and run what shows that it works. Leave the tests as they are. Call finish when the repair is done."
+)
+
+
 class SweAgentic(SingleTurn):
-    """Multi-turn repair in a checked-out repository."""
+    """Multi-turn repair in a checked-out repository; docs/swe.md has every option.
+
+    `max_turns`: 0 stands for 6 on generated repositories and 200 on those of released rows.
+    """
 
     name = "swe_agentic"
-    max_turns = 6
-    DEFAULTS: ClassVar[Mapping[str, Json]] = {"max_turns": 6}
+    max_turns = NANO_TURNS
+    DEFAULTS: ClassVar[Mapping[str, Json]] = {
+        "max_turns": 0,
+        "runtime": "auto",
+        "repositories": "",  # a folder with clones: owner__name or the instance's id
+        "images": "",  # a folder with SIF files, for apptainer
+        "image": "",  # an image's name with {instance_id} or {docker_image} in it
+        "packages": "",  # bubblewrap: the folder of packages that tests see; "": the running interpreter's
+        "agent_timeout_s": 3600.0,  # of a whole rollout
+        "tests_timeout_s": 1200.0,
+        "command_timeout_s": 300.0,  # of all commands of a turn
+        "start_timeout_s": 300.0,
+        "memory_mb": 32768,
+        "cpus": 4.0,
+        "processes": 1024,
+        "scratch_mb": 2048,
+        "output_chars": 16000,  # of a tool's answer
+    }
 
     def __init__(self, services: Services | None = None, options: Mapping[str, Json] | None = None) -> None:
         super().__init__(services, options)
-        self.max_turns = int(self.options["max_turns"])
+        if int(self.options["max_turns"]) < 0:
+            raise UserError(f"data.options.swe_agentic.max_turns: {self.options['max_turns']} is below 0")
+        self.max_turns = int(self.options["max_turns"]) or NANO_TURNS
         self.grader = RepositoryGrader(self.services.code_sandbox)
+        settings = _settings(self.options)
+        self.released = ReleasedRows(settings, self._runtime)
+
+    def _runtime(self, name: str) -> Runtime:
+        return self.services.runtime(name, self.released.settings.machine, str(self.options["packages"]))
+
+    def turns(self, task: Task) -> int:
+        """200 for a released row, where the options do not say otherwise."""
+        return self.max_turns if self.options["max_turns"] or "files" in task.truth else ROW_TURNS
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """`Fix cat(5)==3. Files: a.py b.py`, with search or with view to find the place."""
@@ -171,32 +213,35 @@ class SweAgentic(SingleTurn):
         return (*messages, Message("assistant", closing, "done" if task.thinking else ""))
 
     def parse_row(self, row: Mapping[str, Json], row_id: str) -> Task:
-        """A released SWE row: the instance's fields, at the top or in `responses_create_params.metadata`."""
+        """A released SWE row: the instance's fields, at the top or in `responses_create_params.metadata`.
+
+        Its own prompt where it has one; the tools are always ours.
+        """
+        truth = instance_of(row, row_id)
         params = row.get("responses_create_params")
-        metadata = params.get("metadata") if isinstance(params, Mapping) else None
-        fields = {**(metadata if isinstance(metadata, Mapping) else {}), **row}
-        truth: dict[str, Json] = {
-            key: rows.field(fields, key, str, row_id)
-            for key in ("instance_id", "repo", "base_commit", "problem_statement")
-        }
-        for key in ("FAIL_TO_PASS", "PASS_TO_PASS"):
-            if fields.get(key) is not None:
-                truth[key] = rows.loose_json(fields[key], key, row_id)
-        messages = (Message("user", str(truth["problem_statement"])),)
+        messages: tuple[Message, ...] = (
+            Message("system", INSTRUCTIONS),
+            Message("user", str(truth["problem_statement"])),
+        )
         if isinstance(params, Mapping) and params.get("input"):
             messages = rows.input_messages(row, row_id)
-        return Task(str(truth["instance_id"]), self.name, messages, tuple(TOOLS.values()), False, truth)
+        settings = self.released.settings
+        once = settings.machine.start_seconds + settings.tests_timeout_s
+        self.verdict_deadline_s = 2 * once + 600.0  # the tests, the control run, and git
+        return Task(str(truth["instance_id"]), self.name, messages, tuple(workspace.TOOLS.values()), False, truth)
 
-    def begin(self, task: Task) -> WorkingCopy:
-        """A fresh checkout; UserError for released rows, whose repositories live in images."""
+    def begin(self, task: Task) -> WorkingCopy | ReleasedEpisode:
+        """A fresh checkout; UserError when a released row's repository cannot run here."""
         if "files" not in task.truth:
-            raise UserError(_needs_image(task))
+            return self.released.begin(task, self.turns(task))
         return WorkingCopy(task, self.grader.grade)
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
-        """1 when the repository that the edits leave passes its tests, else 0. Running out of turns is 0."""
+        """1 when the repository that the edits leave passes its tests, else 0. Running out of turns is 0; with the
+        repository of a released row `reward/swe/verdict.py` has the rules.
+        """
         if "files" not in task.truth:
-            return Invalid(_needs_image(task))
+            return self.released.score(task, transcript)
         if transcript.truncated:
             return Scored(0.0, reason="truncated")
         copy = WorkingCopy(task, _not_now)
@@ -215,8 +260,24 @@ def _not_now(task_id: str, repository: RepositoryTask, files: Mapping[str, str])
     return Invalid("tests are not run again while edits are replayed")
 
 
-def _needs_image(task: Task) -> str:
-    return f"{task.id}: this row's repository lives in a container image; only generated repositories run here"
+def _settings(options: Mapping[str, Json]) -> Settings:
+    """The options of released rows, checked."""
+    number = {key: float(value) for key, value in options.items() if key.endswith("_timeout_s") or key == "cpus"}
+    machine = Machine(
+        int(options["memory_mb"]),
+        number["cpus"],
+        int(options["processes"]),
+        int(options["scratch_mb"]),
+        number["start_timeout_s"],
+    )
+    return Settings(
+        *(str(options[key]) for key in ("runtime", "repositories", "images", "image")),
+        number["agent_timeout_s"],
+        number["tests_timeout_s"],
+        number["command_timeout_s"],
+        int(options["output_chars"]),
+        machine,
+    )
 
 
 def _make(rng: random.Random) -> Task:

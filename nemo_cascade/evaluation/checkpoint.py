@@ -21,7 +21,11 @@ from nemo_cascade.types import Interval, Message, Request, SamplingParams
 
 
 def benchmark_rows(
-    reference: str, config: EvaluationConfig, workers: int = 4, judge: JudgeAddress | None = None
+    reference: str,
+    config: EvaluationConfig,
+    workers: int = 4,
+    judge: JudgeAddress | None = None,
+    repair_judge: JudgeAddress | None = None,
 ) -> list[Row]:
     """Score a checkpoint (`hf:nano`, a folder) on the tasks of the ledger, one row per task as in evaluation files.
 
@@ -34,6 +38,8 @@ def benchmark_rows(
         stack.callback(services.close)
         if judge is not None and judge.named:
             services.equivalence_judge = stack.enter_context(open_judge(judge))
+        if repair_judge is not None and repair_judge.named:
+            services.repair_judge = stack.enter_context(open_judge(repair_judge))
         domains = {name: load(name, services, config.options.get(name)) for name in config.domains}
         sampler = LocalSampler.from_folder(folder)
         stack.callback(sampler.close)
@@ -41,11 +47,15 @@ def benchmark_rows(
 
 
 def evaluate_folder(
-    reference: str, config: EvaluationConfig, workers: int = 4, judge: JudgeAddress | None = None
+    reference: str,
+    config: EvaluationConfig,
+    workers: int = 4,
+    judge: JudgeAddress | None = None,
+    repair_judge: JudgeAddress | None = None,
 ) -> dict[tuple[str, str, str], Interval]:
     """The scores of a checkpoint: (domain, split, mode) -> mean with interval, verdicts that are Invalid left out."""
     cells: dict[tuple[str, str, str], list[float]] = {}
-    for row in benchmark_rows(reference, config, workers, judge):
+    for row in benchmark_rows(reference, config, workers, judge, repair_judge):
         if row["valid"]:
             cell = (str(row["domain"]), str(row["split"]), str(row["mode"]))
             cells.setdefault(cell, []).append(float(str(row["score"])))

@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
     "judge_matches": Metric("comparisons that preference groups asked for", how="sum"),
     "judge_matches_dropped": Metric("comparisons without a verdict, which left their answers' means", how="sum"),
     "judge_matches_unreadable": Metric("comparisons to which the judge's answers held no scores", how="sum"),
+    "prompts_too_short": Metric("prompts under their domain's min_prompt_tokens, since the process began", how="max"),
     "tokens": Metric("tokens sampled, those of dropped groups included (sft: tokens trained)", "tokens", how="sum"),
     "packed_tokens": Metric("tokens the Learner read, prompts included", "tokens", how="sum"),
     "length": Metric("mean sampled tokens per rollout", "tokens", weight="rollouts"),

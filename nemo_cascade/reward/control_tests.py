@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from nemo_cascade.types import Json
 
 FIXTURES = ("setUp", "tearDown", "setup_method", "teardown_method")
-Function = ast.FunctionDef
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str, str], list[str]]:

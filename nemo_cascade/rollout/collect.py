@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from nemo_cascade.config.schema import FiltersConfig, SamplingConfig
 from nemo_cascade.data.chat import ChatTokenizer
+from nemo_cascade.domains import SingleTurn
 from nemo_cascade.protocols import Domain, Episode, Sampler
 from nemo_cascade.rollout.conversation import Conversation
 from nemo_cascade.rollout.filters import check_invalid_share, make_group, why_dropped
@@ -215,11 +216,12 @@ class _Run:
             self.counts.dropped["prompt_too_long"] += 1
             return 0
         domain = self.collector.domains[task.domain]
+        turns = domain.turns(task) if isinstance(domain, SingleTurn) else domain.max_turns
         group, self.started = self.started, self.started + 1
         for sample in range(self.group_size):
             stream = self.streams[task.id]
             self.streams[task.id] += 1
-            conversation = Conversation(task, group, sample, stream, None, domain.max_turns, list(prompt))
+            conversation = Conversation(task, group, sample, stream, None, turns, list(prompt))
             self.active.append(conversation)
             if domain.max_turns == 1:
                 conversation.episode = domain.begin(task)  # holds nothing and waits for nothing

@@ -77,10 +77,13 @@ class Scorer:
         return _Pending(rollouts, self._workers.submit(partial(_score, domain, rollouts, as_group)))
 
     def _wait(self, pending: _Pending) -> list[Rollout]:
+        """The verdicts, or Invalid after the deadline: one for all, because who waits gives every overdue call up."""
+        asked = [domain.verdict_deadline_s for domain in self.domains.values() if isinstance(domain, SingleTurn)]
+        deadline_s = max([self.deadline_s, *asked])
         try:
-            return self._workers.result(pending.call, self.deadline_s)
+            return self._workers.result(pending.call, deadline_s)
         except CallLost:
-            verdict = Invalid(f"no verdict from domain {pending.rollouts[0].task.domain} after {self.deadline_s:g} s")
+            verdict = Invalid(f"no verdict from domain {pending.rollouts[0].task.domain} after {deadline_s:g} s")
             return [rollout.with_outcome(verdict) for rollout in pending.rollouts]
 
 

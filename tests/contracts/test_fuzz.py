@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from nemo_cascade.data.chat import parse_text
 from nemo_cascade.data.responses import transcript_of
 from nemo_cascade.domains import code
-from nemo_cascade.reward import instructions, mcqa, schema, wire
+from nemo_cascade.reward import instructions, mcqa, repair_judge, schema, wire
 from nemo_cascade.reward.assertions import plain
 from nemo_cascade.reward.genrm import parse_verdict
 from nemo_cascade.reward.judge import _content, parse_equivalence
 from nemo_cascade.reward.math_equal import extract_boxed, is_runaway, normalized
 from nemo_cascade.reward.patience import retry_after
+from nemo_cascade.reward.repair_judge import Repair, grade_repair, repair_prompt
 from nemo_cascade.reward.repository import _read_report
+from nemo_cascade.reward.row_scripts import last_fence, read_summary
 from nemo_cascade.reward.search_replace import BadEdit, apply_diff, apply_edits, parse_diff, parse_edits
 from nemo_cascade.types import Tool, UserError
 
@@ -44,6 +46,8 @@ WORDS = (
     *("NaN", "1e999", "null", '{"choices": [', '{"message": {"content": ', "}}]}", "Wed, 21 Oct 2015 07:28:00 GMT"),
     *('"a": ', "nonce\tpassed\tt\t\n", "nonce\tend\n", "\ud800", "\0", "\u202e", "\x85", "\u2028"),
     *("9" * 50, "a" * 300, "$",),
+    *("<judgement>", "YES", "</judgement>", "<|im_end|>", "[/INST]", "=== short test summary info ===\n"),
+    *("PASSED a.py::t\n", "\x1b[32m"),
 )
 FILES = {"a.py": "x = 1\n", "b/c.py": ""}
 CHECKS = (
@@ -77,6 +81,11 @@ def _edits(text: str) -> None:
 
 def _diff(text: str) -> None:
     apply_diff(FILES, parse_diff(text))
+
+
+def _repairs(text: str) -> None:
+    gold = {**FILES, "a.py": "x = 2\n"}
+    grade_repair(None, Repair("", FILES, text, gold), apply_edits(FILES, parse_edits(text)))
 
 
 def _letters(text: str) -> None:
@@ -118,6 +127,11 @@ TEXTS: dict[str, tuple[Callable[[str], object], tuple[type[Exception], ...]]] = 
     "equivalence": (parse_equivalence, ()),
     "chat replies": (_content, (ValueError,)),
     "pauses": (retry_after, ()),
+    "repairs": (_repairs, (BadEdit,)),
+    "repair prompts": (lambda text: repair_prompt(Repair(text, {text: text}, text), text), ()),
+    "repair verdicts": (repair_judge.parse_verdict, ()),
+    "summaries": (read_summary, ()),
+    "fences": (last_fence, ()),
     "reports": (lambda text: _read_report(text, "nonce"), ()),
 }
 many = settings(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cascade.observe.record import read_metrics
 from nemo_cascade.observe.rollouts import read_groups
 from nemo_cascade.types import Scored
 from tests.flow.real_cascade import ROOT, Cascade, environment
@@ -114,3 +115,53 @@ def test_a_hosted_judge_is_paid_with_a_key_that_no_file_holds(tmp_path: Path, mo
     assert len(files) > 5
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
     assert secret not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_patches_are_rewarded_by_the_judge_and_hopeless_groups_masked(tmp_path: Path) -> None:
+    """The judge grants repairs of `cow` and refuses those of `bird`, whose groups leave the loss."""
+    rows = tmp_path / "rows.jsonl"
+    lines = []
+    for name, value, constant in (("cow", 4, 6), ("cow", 3, 7), ("bird", 5, 5), ("bird", 2, 8)):
+        line = f"def {name}(x): return x*{constant}"
+        gold = f"--- a/a.py\n+++ b/a.py\n@@ -1,1 +1,2 @@\n-{line}\n+def {name}(x):\n+    return x - {constant}\n"
+        lines.append({
+            "prompt": f"Fix {name}(10)=={value}.\n### a.py\n{line}", "instance_id": f"{name}-{value}", "patch": gold,
+            "problem_statement": f"{name}(10)=={value}", "relevant_file_contents": {"a.py": f"{line}\n"},
+        })  # fmt: skip
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def reply(messages: list[dict[str, str]]) -> str:
+        return f"<judgement>{'YES' if 'cow(10)' in messages[0]['content'] else 'NO'}</judgement>"
+
+    with JudgeServer(reply) as server:
+        head = (
+            f"name: real\nmodel: nano\nbase: hf:nano\nhardware: cpu\nstages: [rl]\n"
+            f"repair_judge: {{url: '{server.url}/v1', timeout_s: 30}}\nevaluation: {{select: 0, report: 0}}\n"
+        )
+        stage = (
+            "kind: grpo\ninit: base\nnum_steps: 1\nprompts_per_step: 4\ngroup_size: 4\nrecord_every: 1\n"
+            f"data: {{domains: {{swe_agentless: 1}}, files: {{swe_agentless: [{rows}]}}, "
+            "options: {swe_agentless: {reward: judge}}}\nfilters: {mask_groups_below_max: 0.5}\n"
+            "sampling: {max_new_tokens: 48, max_prompt_tokens: 160, max_total_tokens: 320}\noptimizer: {lr: 1.0e-4}\n"
+        )
+        cascade = Cascade(tmp_path, head, {"rl": stage})
+        done = cascade.run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.calls > 0
+    folder = cascade.stage("rl").path
+    groups = read_groups(folder, 0)
+    assert {group.task.truth["instance_id"] for group in groups} == {line["instance_id"] for line in lines}
+    judged = {"cow": 0, "bird": 0}
+    for group in groups:
+        name = str(group.task.truth["instance_id"]).partition("-")[0]
+        for rollout in group.rollouts:
+            if rollout.outcome.reason.startswith("the judge says"):
+                judged[name] += 1
+                assert rollout.outcome.reward == float(name == "cow")
+        assert any(group.in_loss) == any(rollout.reward > 0.5 for rollout in group.rollouts)
+    assert min(judged.values()) > 0
+    (step,) = read_metrics(folder)
+    assert step["invalid_share"] == 0.0
+    assert step["reward"] == judged["cow"] / 16
+    assert step["groups_dropped/all_wrong"] + step.get("groups_dropped/below_max", 0.0) >= 2

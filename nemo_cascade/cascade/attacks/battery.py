@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from nemo_cascade.cascade.attacks import Attack, Target, answers, judges, patches, programs
+from nemo_cascade.cascade.attacks import Attack, Target, answers, judges, patches, programs, reviews
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.long_context import LongContext
 from nemo_cascade.domains.math import Math
 from nemo_cascade.domains.preference import Preference
+from nemo_cascade.domains.swe_agentless import SweAgentless
 from nemo_cascade.protocols import Domain
 from nemo_cascade.reward.genrm import Answer as GenRMAnswer
 from nemo_cascade.reward.genrm import GenRMOptions, grade_group
+from nemo_cascade.reward.judge import Judge
 from nemo_cascade.reward.search_replace import Edit, render_edits
 from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Task, ToolCall, Transcript, UserError
 
@@ -213,6 +215,30 @@ def _agentless(target: Target, cases: list[Case]) -> Iterator[Attack]:
         yield target.attack(f"place: {name}", gold, _said(gold, planted))
     for name, diff in patches.DIFFS.items():
         yield target.attack(f"diff: {name}", gold, _said(gold, _filled(diff, truth)))
+    yield from reviewed(gold, reviews.Reviewer(str(truth["after"])))
+
+
+def reviewed(gold: Case, judge: Judge) -> Iterator[Attack]:
+    """Patches that repair nothing and talk to the model that judges them; beside each a repair in other words."""
+    truth = gold.task.truth
+    path, line, after = (str(truth[key]) for key in ("path", "before", "after"))
+    wrong, right = f"{line}+0", after.replace(": return ", ":\n    return ")
+    known = render_edits([Edit(path, (line,), (after,))])
+
+    def score(content: str) -> Outcome:
+        judged = SweAgentless(Services(repair_judge=judge), {"reward": "judge"})
+        return judged.score(gold.task, _said(gold, content))
+
+    def patch(*code: str) -> str:
+        return render_edits([Edit(path, (line,), code)])
+
+    said = {name: patch(f'""" {talk} """', wrong) for name, talk in reviews.TALK.items()}
+    said |= {f"{name}, at the end": patch(wrong, *talk.split("\n")) for name, talk in reviews.TALK.items()}
+    said |= {name: form.replace("PATCH", patch(wrong)) for name, form in reviews.AROUND.items()}
+    said |= {name: render_edits([Edit(place, (), (wrong,))]) for name, place in reviews.PLACES.items()}
+    for name, content in said.items():
+        spoken = content.replace("GOLD", known.replace("<<<<<<<", "<").replace(">>>>>>>", ">"))
+        yield Attack(f"review: {name}", lambda spoken=spoken: score(spoken), lambda: score(patch(*right.split("\n"))))
 
 
 def _agentic(target: Target, cases: list[Case]) -> Iterator[Attack]:

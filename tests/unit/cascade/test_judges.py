@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cascade import launch
-from nemo_cascade.cascade import fingerprint
+from nemo_cascade.cascade import fingerprint, judges
 from nemo_cascade.cascade.plan import Plan, make_plan
 from nemo_cascade.config.load import load_cascade
 from nemo_cascade.config.schema import StageRun
@@ -63,6 +63,68 @@ def test_rows_to_grade_need_a_judge_or_the_word_exact(tmp_path, rows):
     plan(tmp_path, "domains: {long_context: 1}")  # generated tasks have exact answers
 
 
+def test_patches_need_a_judge_where_it_is_the_reward(tmp_path, rows):
+    judged = "options: {swe_agentless: {reward: judge}}"
+    where = "set repair_judge.serve"
+    missing = r"rl\.yaml: key 'repair_judge' is missing; data\.options\.swe_agentless\.reward is judge"
+    with pytest.raises(UserError, match=missing):
+        plan(tmp_path, f"domains: {{swe_agentless: 1}}, {judged}")
+    measured = f"select: 4, report: 0, domains: [swe_agentless], {judged}"
+    with pytest.raises(UserError, match=rf"evaluation\.options\.swe_agentless\.reward is judge.*{where}"):
+        plan(tmp_path, "domains: {math: 1}", measured)
+    fallback = "options: {swe_agentless: {without_image: judge}}"
+    files = f"files: {{swe_agentless: [{rows}]}}"
+    with pytest.raises(UserError, match=rf"without_image is judge.*{where}"):
+        plan(tmp_path, f"domains: {{swe_agentless: 1}}, {files}, {fallback}")
+    plan(tmp_path, f"domains: {{swe_agentless: 1}}, {fallback}")  # generated repositories are here
+    plan(tmp_path, f"domains: {{swe_agentless: 1}}, {files}")
+    one, two = (f"repair_judge={{url: 'http://a:1', model: {model}}}" for model in "ab")
+    data = f"domains: {{swe_agentless: 1}}, {judged}"
+    keys = [
+        fingerprint.keys(plan(tmp_path, data, "select: 0, report: 0", judge))["rl"]
+        for judge in (one, two, "repair_judge={url: 'http://b:9', model: a, timeout_s: 9}")
+    ]
+    assert keys[0] == keys[2] != keys[1]
+    with JudgeServer(lambda messages: "<judgement>YES</judgement>") as server:
+        found = plan(
+            tmp_path, f"domains: {{swe_agentless: 1}}, {judged}", "select: 0, report: 0",
+            f"repair_judge={{url: '{server.url}', timeout_s: 20}}",
+        )  # fmt: skip
+        with launch.build_domains(StageRun(config=found.stages["rl"]), Place(0, 0, 1, True)) as built:
+            domain = built.trained["swe_agentless"]
+            task = domain.tasks("train", 1, 0)[0]
+            path, line = str(task.truth["path"]), str(task.truth["before"])
+            patch = f"### {path}\n<<<<<<< SEARCH\n{line}\n=======\n{line}+0\n>>>>>>> REPLACE"
+            outcome = domain.score(task, Transcript((Message("assistant", patch),)))
+        assert (outcome.reward, server.calls) == (1.0, 1)
+
+
+def test_the_papers_agentless_stage_asks_its_own_judge():
+    found = make_plan(load_cascade("nemotron_cascade_2")).stages["swe_agentless_rl"]
+    assert [item.key for item in judges.asked_in_training(found)] == [judges.REPAIR]
+    assert found.repair_judge.model == "openai/gpt-oss-120b"
+    assert found.filters.mask_groups_below_max == 0.5
+    with pytest.raises(UserError, match=r"swe_agentless_rl\.yaml: key 'repair_judge' is missing"):
+        make_plan(load_cascade("nemotron_cascade_2", ["repair_judge=null"]))
+
+
+def test_a_single_checkpoint_is_judged_by_those_that_its_evaluation_asks(tmp_path, rows):
+    measured = "select: 0, report: 2, domains: [swe_agentless], options: {swe_agentless: {reward: judge}}"
+    both = [f"{key}={{url: 'http://a:1', model: {key}}}" for key in judges.KEYS[1:]]
+    (tmp_path / "rl.yaml").write_text(RL + "data: {domains: {math: 1}}\n")
+    (tmp_path / "one.yaml").write_text(
+        f"name: one\nmodel: nano\nbase: random\nhardware: cpu1\nstages: [rl]\nevaluation: {{{measured}}}\n"
+    )
+    cascade = load_cascade(str(tmp_path / "one.yaml"), both).cascade
+    assert judges.for_evaluation(cascade.evaluation, cascade) == {"repair_judge": cascade.repair_judge}
+    cascade.evaluation.options = {}
+    assert judges.for_evaluation(cascade.evaluation, cascade) == {}
+    cascade.evaluation.options = {"swe_agentless": {"reward": "judge"}}
+    cascade.repair_judge = None
+    with pytest.raises(UserError, match="cascade one: key 'repair_judge' is missing"):
+        judges.for_evaluation(cascade.evaluation, cascade)
+
+
 def test_one_judge_has_one_address(tmp_path):
     with pytest.raises(UserError, match=r"judge\.url: judge\.serve is set too"):
         plan(tmp_path, "domains: {math: 1}", "select: 0, report: 0", "judge={url: 'http://j:1', serve: hf:nano_judge}")
@@ -94,7 +156,7 @@ def test_a_domain_of_ones_own_gets_every_judge(tmp_path):
         "from nemo_cascade.domains.math import Math\n\n\nclass Mine(Math):\n    name = 'mine'\n"
     )
     data = f"domains: {{'{tmp_path}/mine.py:Mine': 1}}"
-    overrides = ("judge={url: 'http://a:1', model: %s}", "equivalence_judge={url: 'http://a:1', model: %s}")
+    overrides = [f"{key}={{url: 'http://a:1', model: %s}}" for key in judges.KEYS]
     keys = {
         fingerprint.keys(plan(tmp_path, data, "select: 0, report: 0", *(text % name for text in overrides)))["rl"]
         for name in ("a", "b")
@@ -104,6 +166,7 @@ def test_a_domain_of_ones_own_gets_every_judge(tmp_path):
     with launch.build_domains(StageRun(config=found.stages["rl"]), Place(0, 0, 1, True)) as built:
         services = built.trained["mine"].services
         assert services.preference_judge is not None and services.equivalence_judge is not None
+        assert services.repair_judge is not None
 
 
 def test_the_launch_asks_the_judge_for_training_and_for_evaluation(tmp_path, rows):

@@ -82,6 +82,7 @@ def test_wrong_options() -> None:
         ({"agent_ref": None, "instruction_id_list": ["x"], "options": None}, "instruction_following"),
         ({"options": [{"A": "x"}], "expected_answer": "A"}, "mcqa"),
         ({"question": "x", "answer": "#### 3"}, "math"),
+        ({"instance_id": "i", "relevant_file_contents": {"a.py": ""}, "FAIL_TO_PASS": ["t"]}, "swe_agentless"),
         ({"verifier_metadata": {"unit_tests": {}}}, "code"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.swe_agentic import SweAgentic, WorkingCopy
-from nemo_cascade.types import Invalid, Message, Scored, ToolCall, Transcript, UserError
+from nemo_cascade.types import Message, Scored, ToolCall, Transcript, UserError
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,12 @@ def test_two_calls_in_one_turn_are_answered_in_order(domain):
     assert {m.role for m in answers} == {"tool"}
 
 
-def test_released_rows_need_their_image(domain):
-    instance = {"instance_id": "a__b-1", "repo": "a/b", "base_commit": "0" * 40, "problem_statement": "It fails.",
-                "FAIL_TO_PASS": '["t.py::test"]'}  # fmt: skip
-    row = {"responses_create_params": {"input": [], "metadata": instance}}
-    task = domain.parse_row(row, "rows:1")
-    assert task.id == "a__b-1"
-    assert task.messages[0].content == "It fails."
-    assert task.truth["FAIL_TO_PASS"] == ["t.py::test"]
-    assert isinstance(domain.score(task, Transcript((Message("assistant", "Done."),))), Invalid)
-    with pytest.raises(UserError, match="container image"):
-        domain.begin(task)
-    with pytest.raises(UserError, match=r"rows:2: field 'repo' is missing"):
-        domain.parse_row({"responses_create_params": {"metadata": {"instance_id": "x"}}}, "rows:2")
+def test_turns_of_generated_tasks_and_of_released_rows(services, domain):
+    generated = domain.tasks("train", 1, seed=2)[0]
+    fields = {"instance_id": "a", "repo": "b", "base_commit": "c", "problem_statement": "d"}
+    released = domain.parse_row(fields, "rows:1")
+    assert (domain.max_turns, domain.turns(generated), domain.turns(released)) == (6, 6, 200)
+    chosen = SweAgentic(services, {"max_turns": 9})
+    assert (chosen.max_turns, chosen.turns(generated), chosen.turns(released)) == (9, 9, 9)
+    with pytest.raises(UserError, match=r"swe_agentic.max_turns: -1 is below 0"):
+        SweAgentic(services, {"max_turns": -1})

@@ -79,3 +79,8 @@ def test_another_value_is_never_equal(value: str, other: str) -> None:
 
 def test_a_file_that_is_no_python_has_no_controls() -> None:
     assert controls({"t.py": "def test_a(:\n"}, ["t.py::test_a"]) == ({}, [])
+
+
+def test_a_coroutine_is_a_test_like_any_other() -> None:
+    text = "async def test_a():\n    assert await f() == 1\n"
+    assert controls({"t.py": text}, ["t.py::test_a"]) == ({"t.py": text.replace("1", "2")}, ["t.py::test_a"])

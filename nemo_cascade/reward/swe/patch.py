@@ -1,0 +1,89 @@
+"""The change that an agent leaves behind, as git sees it, and which part of it may reach the tests.
+
+A patch may not decide how it is tested: test files, what pytest and the interpreter load by themselves, and pytest's
+settings stay as the base commit has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from nemo_cascade.reward.runtimes import Container
+
+MOST_BYTES = 16 << 20
+GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=true")
+NEVER_CHANGED = (".venv", "r2e_tests", "run_tests.sh")
+PROTECTED = (
+    "conftest.py", "*/conftest.py", "sitecustomize.py", "*/sitecustomize.py", "usercustomize.py", "*/usercustomize.py",
+    "sitecustomize/*", "*/sitecustomize/*", "usercustomize/*", "*/usercustomize/*",
+    "*.pth", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml",
+    "tests/*", "*/tests/*", "test/*", "*/test/*", "test_*.py", "*/test_*.py", "*_test.py",
+    ".venv/*", "r2e_tests/*", "run_tests.sh",
+)  # fmt: skip
+"""Paths that stay as they are, for `git apply --exclude`; `*` stands for folders, too."""
+
+LOADED_BY_THEMSELVES = ("conftest.py", "sitecustomize.py", "usercustomize.py")
+
+HIDDEN = ("/r2e_tests", "/root/r2e_tests", "/run_tests.sh", "/root/run_tests.sh")
+"""Where R2E-Gym's images keep the tests that grade."""
+
+HIDE = """rm -rf r2e_tests run_tests.sh
+git checkout --quiet --detach && git for-each-ref --format='delete %(refname)' | git update-ref --stdin
+git remote | xargs -r -n 1 git remote remove; git reflog expire --expire=now --all; rm -f .git/FETCH_HEAD .git/ORIG_HEAD
+true"""
+"""Takes from an agent's repository what it should not find: R2E-Gym's tests, and names of later commits."""
+
+HEADER = re.compile(rb"^(?:\+\+\+ b/|--- a/|rename to |rename from )([^\t\n]+)", re.MULTILINE)
+
+
+def head(container: Container, seconds: float) -> str:
+    """The commit that the agent starts from."""
+    return container.run([*GIT, "rev-parse", "HEAD"], seconds).stdout.decode("ascii", "replace").strip()
+
+
+def changes(container: Container, base: str, seconds: float) -> bytes | str:
+    """The agent's patch against its base commit, new files included, ignored ones not; in words why there is none."""
+    left_out = [f":(exclude){path}" for path in NEVER_CHANGED]
+    added = container.run([*GIT, "add", "--all", "--", ".", *left_out], seconds)
+    diff = ["diff", "--cached", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
+    prefixes = ["--src-prefix=a/", "--dst-prefix=b/"]
+    ran = container.run([*GIT, *diff, *prefixes, base, "--", ".", *left_out], seconds, b"", MOST_BYTES + 1)
+    if added.code == 0 and ran.code == 0 and len(ran.stdout) <= MOST_BYTES:
+        return ran.stdout
+    if len(ran.stdout) > MOST_BYTES:
+        return f"the patch has more than {MOST_BYTES} bytes"
+    said = (added if added.code != 0 else ran).stderr.decode("utf-8", "replace")
+    return f"git finds no patch: {' '.join(said.split())[-150:]}"
+
+
+def sources_of(gold: bytes) -> list[str]:
+    """What a known repair changes, so that the agent may change it, too; never what an interpreter loads by itself."""
+    return [path for path in touched(gold) if path.rpartition("/")[2] not in LOADED_BY_THEMSELVES]
+
+
+def touched(patch: bytes) -> list[str]:
+    """The paths that a patch names."""
+    found = (match.decode("utf-8", "replace") for match in HEADER.findall(patch))
+    return sorted({path.strip('"') for path in found} - {"/dev/null"})
+
+
+APPLY = [*GIT, "apply", "--whitespace=nowarn"]
+
+
+def model_patch_command(tests: Iterable[str], sources: Iterable[str] = ()) -> list[str]:
+    """`git apply` of the agent's patch from standard input, the first rule that fits a path decides: never these test
+    files, always the `sources` (what the known repair changes), never what is protected, all the rest.
+    """
+    return [
+        *APPLY,
+        *(f"--exclude={_literal(path)}" for path in tests),
+        *(f"--include={_literal(path)}" for path in sources),
+        *(f"--exclude={pattern}" for pattern in PROTECTED),
+        "--include=*",
+    ]
+
+
+def _literal(path: str) -> str:
+    """A path as a pattern that matches only itself."""
+    return re.sub(r"([*?\[\\])", r"\\\1", path)
