@@ -61,10 +61,11 @@ def draw(panels: Sequence[Panel]) -> str:
     ]
     for index, panel in enumerate(panels):
         parts += [f'<g transform="translate({WIDTH * index} 0)">', *_panel(panel, colours), "</g>"]
-    for index, (name, colour) in enumerate(colours.items()):
-        x = LEFT + 90 * index
+    x = LEFT
+    for name, colour in colours.items():
         parts.append(f'<line x1="{x}" y1="12" x2="{x + 18}" y2="12" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{x + 23}" y="16" fill="{INK}">{escape(name)}</text>')
+        x += 46 + 7 * len(name)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -149,10 +149,19 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def markdown(where: Path | Manifest) -> str:
-    """The table for a README: weights that no stage made first, then every stage; bold is what a stage trains."""
+    """The table for a README: weights that no stage made first, then every stage; bold is what a stage trains.
+
+    A sentence where no stage has a score: none is done, or none under the config as it now is.
+    """
     manifest = read_manifest(where) if isinstance(where, Path) else where
     ledger, rows = ledger_of(manifest), status(manifest)["stages"]
     domains = list(dict.fromkeys(domain for row in rows for domain in row["scores"]))
+    if not domains:
+        done = sum(row["status"] == "done" for row in rows)
+        return (
+            f"No scores to show: {done} of {len(rows)} stages of {manifest.cascade} are done in {manifest.path} under "
+            "this config, and none has `report` scores."
+        )
     lines = [f"| after | {' | '.join(name.replace('_', ' ') for name in domains)} |", "|---" * (1 + len(domains)) + "|"]
     for row in rows:
         start = checkpoint_name(row["name"], INIT)

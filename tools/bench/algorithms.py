@@ -36,6 +36,7 @@ from tools.bench.recovery_runs import (
     REGRESSIONS,
     SIDES,
     TARGET,
+    WAYS,
     Curve,
     Measured,
     Ratio,
@@ -212,11 +213,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--tune-seeds", type=int, nargs="+", default=[10, 14], help="whose `select` scores choose")
-    parser.add_argument("--distill", nargs="+", choices=list(DISTILL), default=list(DISTILL), help="variants of MOPD")
-    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=list(GROUPS), help="variants of GRPO")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates tried for both")
+    parser.add_argument("--distill", nargs="+", choices=list(DISTILL), default=["sampled", "full_vocab"], help="MOPD's")
+    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=[4, 8], help="variants of GRPO")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates tried")
+    parser.add_argument("--grpo-rates", type=float, nargs="+", help="as many others for GRPO (default: the same)")
     parser.add_argument("--warmups", type=int, nargs="+", default=list(WARMUPS), help="steps of warm-up tried for both")
-    parser.add_argument("--keep", type=int, default=1, help="settings of a variant that the later tuning seeds try")
+    parser.add_argument("--keep", type=int, default=2, help="settings of a variant that the later tuning seeds try")
     parser.add_argument("--hardware", default="cpu", help="conf/hardware/NAME.yaml (default cpu)")
     parser.add_argument("--scale", type=float, default=1.0, help="shorten stages and evaluations, for a trial")
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"), help="runs lie in OUT/REGRESSION")
@@ -230,6 +232,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tune-seeds {seed} is one of --seeds: what chose the settings is not measured")
     if len(given.distill) != len(given.groups):
         parser.error("--distill and --groups must name as many variants, so that both sides try as many settings")
+    if given.grpo_rates is not None and len(given.grpo_rates) != len(given.rates):
+        parser.error("--rates and --grpo-rates must be as many, so that both sides try as many settings")
     return given
 
 
@@ -237,7 +241,7 @@ def command_of(given: argparse.Namespace) -> str:
     """The command that prints the page's part, without what has its default."""
     words = ["python -m tools.bench.algorithms", "--regression", given.regression, "--seeds", *map(str, given.seeds)]
     defaults = parse([])
-    for name in ("tune_seeds", "distill", "groups", "rates", "warmups"):
+    for name in ("tune_seeds", "distill", "groups", "rates", "grpo_rates", "warmups"):
         if getattr(given, name) != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", *(f"{value:g}" if isinstance(value, float) else str(value)
                                                        for value in getattr(given, name))]  # fmt: skip
@@ -252,7 +256,8 @@ def compare(given: argparse.Namespace) -> Comparison:
     """Tune, choose, measure."""
     setting = Setting(given.out / given.regression, REGRESSIONS[given.regression], given.hardware, given.scale)
     ways = [*(f"mopd_{name}" for name in given.distill), *(f"grpo_{group}" for group in given.groups)]
-    grid = [Try(way, rate, warmup) for way in ways for rate in given.rates for warmup in given.warmups]
+    rates = {"mopd": given.rates, "grpo": given.grpo_rates or given.rates}
+    grid = [Try(way, rate, warmup) for way in ways for rate in rates[WAYS[way]] for warmup in given.warmups]
     best, tuned = tune(setting, given.tune_seeds, grid, given.keep)
     grpo = next(tried for tried in best if tried.side == "grpo")
     chosen = [*(tried for tried in best if tried.side == "mopd"), grpo]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from nemo_cascade.cascade.status import markdown, status
@@ -34,3 +36,12 @@ def test_markdown_has_the_start_and_every_stage_with_its_arrows(where):
             assert ("\u25b2" in cell, "\u25bc" in cell) == (gain["ci_low"] > 0, gain["ci_high"] < 0)
     assert "\u25b2" in table["`if_rl`"][columns.index("instruction following")]
     assert "\u25bc" in table["`if_rl`"][columns.index("preference")]
+
+
+def test_markdown_without_any_score_is_a_sentence(where, tmp_path):
+    copy = shutil.copytree(where, tmp_path / "nano")
+    for evaluation in copy.glob("*/evaluation"):
+        shutil.rmtree(evaluation)
+    assert markdown(copy) == (
+        f"No scores to show: 5 of 6 stages of nano are done in {copy} under this config, and none has `report` scores."
+    )
