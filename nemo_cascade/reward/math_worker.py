@@ -8,6 +8,7 @@ exceeding it ends the process, which the parent reads as "not equal".
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,7 @@ def equal(gold: str, prediction: str) -> bool:
 
     return any(
         not differ(wanted, given) and verify([wanted], [given], timeout_seconds=None)
-        for wanted in _parse_gold(gold)
-        for given in _parse(prediction)
+        for wanted, given in itertools.product(_parse_gold(gold), _parse(prediction))
     )
 
 
