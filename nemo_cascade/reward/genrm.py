@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,9 +132,9 @@ def _as_verdict(value: Json) -> Verdict | None:
                 number = float(number)
             except ValueError:
                 return None
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
             return None
-        if not low <= number <= high:
+        if not low <= number <= high:  # NaN is not, and integers beyond all floats compare, too
             return None
         numbers.append(float(number))
     return Verdict(*numbers)

@@ -169,7 +169,10 @@ class _Refused(Exception):
 
 def _content(text: str) -> str:
     """The text of a reply; empty for one that its token limit cut off, which may end in the middle of a quotation."""
-    answer = json.loads(text)
+    try:
+        answer = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the answer is nested too deeply") from error
     try:
         choice = answer["choices"][0]
         content = "" if choice.get("finish_reason") == "length" else choice["message"]["content"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 import jsonschema_rs
@@ -43,8 +44,8 @@ def _no_constant(name: str) -> Json:
 def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise NotStrictJson(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise NotStrictJson(f"duplicate key {twice[:60]!r}")
     return found
 
 
