@@ -135,6 +135,7 @@ def _columns(count: int) -> str:
 
 
 CALL = "<tool_call>\n<function=f>\n</function>\n</tool_call>\n"
+SENTENCES = ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1})
 NUMBERED = ",".join(f'"{number}":1' for number in range(90_000))
 SLOW: dict[str, tuple[Callable[[], object], str]] = {
     "a JSON key twice among ninety thousand": (
@@ -163,6 +164,12 @@ SLOW: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a letter in five hundred wrappings": (
         lambda: str(mcqa.extract_letter("\\boxed{" + "\\text{" * 500 + "A" + "}" * 501, {"A": "x"})), "A"
+    ),
+    "sixty thousand dots in a row": (
+        lambda: str(instructions.check(*SENTENCES, "", "." * 60_000 + "x")), "True"
+    ),
+    "sixty thousand dots and quotes": (
+        lambda: str(instructions.check(*SENTENCES, "", ".'" * 30_000 + "x")), "True"
     ),
     "a turn of ten thousand calls": (
         lambda: str(len(parse_text(CALL * 10_000, False).tool_calls)), "10000"

@@ -184,7 +184,7 @@ ARGUMENTS: dict[str, Json] = {
 
 @_parser(
     "instructions", grammars.WRITING, "instruction_following", "reward.instructions domains.instruction_following",
-    seconds=20.0,
+    seconds=5.0,
 )  # fmt: skip
 def _instructions(text: str) -> object:
     """All checks of one text. The limit is that of all of them together."""
