@@ -14,10 +14,10 @@ sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a f
 programs run in a process that the candidate, forked before it, can neither read nor speak for (`call_beside`). What a
 test left in a writable folder is gone before the next.
 
-Not covered: holes in the kernel itself (the filter of system calls is a short list), side channels, the sum of memory over the allowed
-processes (address space is bounded per process), load on the machine within the limits. Tests of a repository share
-their process with the code they test; `control_tests.py` finds the cheats, not the sandbox. Without bubblewrap nothing
-runs: there is no flag to go without. docs/sandbox.md has it as a table, and the proof.
+Not covered: holes in the kernel itself (the filter of system calls is a short list), side channels, the sum of memory
+over the allowed processes (address space is bounded per process), load on the machine within the limits. Tests of a
+repository share their process with the code they test; `control_tests.py` finds the cheats, not the sandbox. Without
+bubblewrap nothing runs: there is no flag to go without. docs/sandbox.md has it as a table, and the proof.
 """
 
 from __future__ import annotations
