@@ -40,7 +40,8 @@ def parse_document(kind: str, text: str) -> Json:
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
     try:
-        return _plain(PARSERS[kind](text), 0)
+        value = PARSERS[kind](text)
+        return value if kind == "csv" else _plain(value, 0)  # a table holds texts and nulls
     except RecursionError as error:
         raise Unreadable("nested too deeply") from error
 
@@ -55,11 +56,11 @@ def fitted(kind: str, value: Json, schema: Json) -> Json:
     if kind == "csv" and isinstance(value, list):
         items = schema.get("items", schema) if isinstance(schema, dict) else {}
         columns = items.get("properties", {}) if isinstance(items, dict) else {}
-        return [
-            {name: _fit_text(text, _type_of(columns, name, "string")) for name, text in row.items()}
-            for row in value
-            if isinstance(row, dict)
-        ]
+        tables = [row for row in value if isinstance(row, dict)]
+        types = {name: _type_of(columns, name, "string") for name in (tables[0] if tables else ())}
+        if all(kind == "string" for kind in types.values()):
+            return tables  # type: ignore[return-value]
+        return [{name: _fit_text(text, types[name]) for name, text in row.items()} for row in tables]
     return value
 
 

@@ -1,6 +1,6 @@
 """Inputs for a parser: its valid examples damaged, the words of its grammar in any order, raw bytes, and floods.
 
-Ten to thirty microseconds each, so that 100,000 a parser are affordable; hypothesis takes a hundred times as long.
+A few microseconds each, so that 100,000 a parser are affordable; hypothesis takes a hundred times as long.
 Everything follows from the seed and the parser's name: what broke a parser once breaks it again.
 """
 
