@@ -7,6 +7,7 @@ domain, a reward module or an instruction adds its parser to the catalogue: a te
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -106,5 +107,8 @@ def test_rows_of_the_page_are_renewed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert re.findall(r"^\| boxes \| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE) == ["8"]
     assert fuzz.main(["--parsers", "boxes", "frames", "--inputs", "20"]) == 0
     assert capsys.readouterr().out.count("| 20 |") == 2
+    if importlib.util.find_spec("atheris") is None:
+        assert fuzz.main(["--parsers", "boxes", "--inputs", "20", "--engine", "atheris"]) == 2
+        assert capsys.readouterr().err.startswith("--engine atheris: atheris is not installed; run `pip install -r req")
     assert fuzz.main(["--parsers", "boxen"]) == 2
     assert capsys.readouterr().err.startswith("--parsers: no parser 'boxen'; known: boxes, ")
