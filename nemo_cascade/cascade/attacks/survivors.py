@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import time
 from pathlib import Path
@@ -14,10 +13,9 @@ SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 10.0  # for the kernel to end a namespace on a busy machine
 
 
-@functools.cache
-def adopt_orphans() -> None:
+def adopt_orphans(adopt: bool) -> None:
     """From now on a process whose parent ended becomes a child of this one, and not of the machine's first process."""
-    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def family() -> dict[int, str]:
@@ -62,10 +60,10 @@ def _ancestry(pid: int) -> list[int]:
 
 
 class Watch:
-    """What runs now is not the attack's."""
+    """What runs now is not the attack's; what becomes an orphan until `left` is adopted."""
 
     def __init__(self) -> None:
-        adopt_orphans()
+        adopt_orphans(True)
         self.before = set(family())
 
     def left(self) -> list[str]:
@@ -73,10 +71,11 @@ class Watch:
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
             found = family()
-            left = {pid: name for pid, name in found.items() if pid not in self.before} if found else {}
+            left = {pid: name for pid, name in found.items() if pid not in self.before}
             if left:
                 waiting = _of_servers()
                 left = {pid: name for pid, name in left.items() if pid not in waiting}
             if not left or time.monotonic() > deadline:
+                adopt_orphans(False)
                 return [f"{name} ({pid})" for pid, name in sorted(left.items())]
             time.sleep(0.02)
