@@ -97,6 +97,20 @@ def test_inputs_follow_from_the_seed_and_reach_everywhere() -> None:
     assert from_bytes(b"") == ""
 
 
+def test_the_page_has_every_parser_at_its_full_count() -> None:
+    """docs/fuzzing.md: 100,000 inputs to every parser, nothing escaped, nothing late."""
+    rows = {}
+    for engine in ("grammar", "atheris"):
+        part = fuzz.PAGE.read_text(encoding="utf-8").split(f"<!-- {engine} -->\n")[1]
+        lines = part.split(f"\n<!-- end of {engine} -->")[0].splitlines()[len(fuzz.HEAD) :]
+        rows[engine] = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert all(int(row[1].replace(",", "")) >= 100_000 for row in rows[engine])
+        assert all((row[4], row[7]) == ("0", "0") for row in rows[engine])
+        assert all(row[5] == f"{CATALOGUE[row[0]].seconds:g}" for row in rows[engine])
+    assert [row[0] for row in rows["grammar"]] == list(CATALOGUE)
+    assert {row[0] for row in rows["atheris"]} <= set(CATALOGUE)  # the slowest are not tried again after every change
+
+
 def test_rows_of_the_page_are_renewed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = fuzz.PAGE.read_text(encoding="utf-8")
     page = tmp_path / "fuzzing.md"

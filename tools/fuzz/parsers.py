@@ -377,6 +377,7 @@ NOT_PARSERS = {
     "reward.math_worker": "a process that is killed when it takes too long",
     "reward.nano_repository": "generates",
     "reward.repository_runner": "inside the sandbox",
+    "reward.system_calls": "writes",
     "reward.workplace_office": "generates",
     "domains.math": "its answers are read by reward.math_equal",
     "domains.mcqa": "its answers are read by reward.mcqa",
