@@ -80,6 +80,13 @@ def test_what_breaks_is_seen() -> None:
     assert [line.split(":")[0] for line in fuzz.faults(tally)] == ["ESCAPED test", "LATE test"]
 
 
+def test_atheris_tries_as_many_as_asked() -> None:
+    pytest.importorskip("atheris", reason="requirements/bench.txt is not installed")
+    tally = fuzz.tally_of(CATALOGUE["equivalence"], "atheris", 300, 0)
+    assert (tally.inputs, tally.engine, tally.held) == (300, "atheris", True)
+    assert tally.longest > 20  # the examples are its first inputs
+
+
 def test_inputs_follow_from_the_seed_and_reach_everywhere() -> None:
     grammar = CATALOGUE["responses"].grammar
 

@@ -39,7 +39,7 @@ def guided(parser: Parser, inputs: int, seed: int) -> Tally:
             (corpus / str(number)).write_bytes(b"\0" + text.encode("utf-8", "surrogatepass"))
         (place / "words").write_text("".join(map(_entry, parser.grammar.words)), encoding="ascii")
         argv = [sys.executable, "-W", "ignore", "-m", __name__, parser.name, str(inputs), str(seed), folder]
-        ended = subprocess.run(argv, capture_output=True, timeout=HOURS * 3600, check=False, cwd=place.cwd())
+        ended = subprocess.run(argv, capture_output=True, timeout=HOURS * 3600, check=False)
         if not (place / "tally.json").exists():
             last = ended.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
             raise UserError(f"atheris ended with status {ended.returncode} before its last input: {last[:300]}")
