@@ -107,7 +107,7 @@ smoke: bwrap venv  ## the whole nano cascade, two steps a stage; a second run fi
 # --- peers -------------------------------------------------------------------------------------------------------------
 
 $(VENV)/.bench: $(VENV)/.done requirements/bench.txt
-	@echo "requirements/bench.txt: TRL and what it asks for (260 MB)"
+	@echo "requirements/bench.txt: TRL, what it asks for, and atheris (300 MB)"
 	@$(PIP) install -qq --no-deps -r requirements/bench.txt
 	@$(PIP) check --quiet || { echo "the pinned set contradicts itself: see requirements/" >&2; exit 1; }
 	@touch $@

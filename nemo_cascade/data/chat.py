@@ -15,13 +15,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from nemo_cascade.data import template
+from nemo_cascade.data.rows import too_deep
 from nemo_cascade.data.template import CONTROL, IM_END, Piece, render_prompt
 from nemo_cascade.types import Json, Message, Task, Tool, ToolCall, UserError
 
 __all__ = ["ChatTokenizer", "parse_text", "render_prompt"]
 
-CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\n?(.*?)</function>\s*</tool_call>", re.DOTALL)
+CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\n?(.*?)</function>\s*</tool_call>\s*", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+SURROGATE = re.compile("[\ud800-\udfff]")
 TRAIN = ("all_assistant", "last_assistant")
 
 
@@ -46,14 +48,14 @@ def _split_calls(text: str, tools: Sequence[Tool]) -> tuple[str, tuple[ToolCall,
     if start < 0:
         return text, ()
     calls: list[ToolCall] = []
-    tail = text[start:].strip()
-    while tail:
-        match = CALL.match(tail)
+    at, end = start, len(text.rstrip())
+    while at < end:
+        match = CALL.match(text, at)
         call = _call(match.group(1), match.group(2), tools) if match else None
         if match is None or call is None:
             return text, ()
         calls.append(call)
-        tail = tail[match.end() :].strip()
+        at = match.end()
     return text[:start], tuple(calls)
 
 
@@ -61,14 +63,14 @@ def _call(name: str, body: str, tools: Sequence[Tool]) -> ToolCall | None:
     """One call, or None when something other than parameters stands in its body or one is given twice."""
     properties = next((tool.parameters.get("properties") or {} for tool in tools if tool.name == name), {})
     arguments: dict[str, Json] = {}
-    rest = body.lstrip("\n")
-    while rest.strip():
-        match = PARAMETER.match(rest)
+    at, end = len(body) - len(body.lstrip("\n")), len(body.rstrip())
+    while at < end:
+        match = PARAMETER.match(body, at)
         if match is None or match.group(1) in arguments:
             return None
         field = properties.get(match.group(1)) or {}
         arguments[match.group(1)] = _typed(match.group(2), field.get("type", "string"))
-        rest = rest[match.end() :]
+        at = match.end()
     return ToolCall(name, arguments)
 
 
@@ -77,11 +79,12 @@ def _typed(text: str, kind: Json) -> Json:
     if kind == "string":
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:  # also an integer too long for the interpreter
         return text
     except RecursionError:
         return text
+    return text if too_deep(value) else value
 
 
 class ChatTokenizer:
@@ -148,8 +151,11 @@ class ChatTokenizer:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Encode the joined text at once, as any engine would; only control texts in untrusted text are cut open."""
-        text = "".join(piece.text for piece in pieces)
+        """Encode the joined text at once, as any engine would; only control texts in untrusted text are cut open.
+
+        Lone surrogates, which JSON can spell and no encoding can hold, are read as U+FFFD.
+        """
+        text = SURROGATE.sub("\ufffd", "".join(piece.text for piece in pieces))
         untrusted: list[tuple[int, int]] = []
         at = 0
         for piece in pieces:
@@ -157,8 +163,11 @@ class ChatTokenizer:
                 untrusted.append((at, at + len(piece.text)))
             at += len(piece.text)
         cuts = [0]
+        passed = 0  # both go forward: comparing each with each would take minutes for a turn of many calls
         for match in self._control.finditer(text):
-            if any(begin < match.end() and match.start() < end for begin, end in untrusted):
+            while passed < len(untrusted) and untrusted[passed][1] <= match.start():
+                passed += 1
+            if passed < len(untrusted) and untrusted[passed][0] < match.end():
                 cuts += [match.start(), match.start() + 1]  # "<" alone, then the rest, which is no added token
         cuts.append(len(text))
         ids: list[int] = []

@@ -95,7 +95,7 @@ def _spoken(content: Json, place: str) -> str:
     """Text of a message; a refusal is what the model said, too."""
     if isinstance(content, list):
         content = [
-            {"text": part["refusal"]} if isinstance(part, dict) and part.get("type") == "refusal" else part
+            {"text": part.get("refusal")} if isinstance(part, dict) and part.get("type") == "refusal" else part
             for part in content
         ]
     return rows.content_text(content, place)

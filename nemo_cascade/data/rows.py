@@ -14,6 +14,7 @@ from nemo_cascade.types import Json, Message, Tool, ToolCall, UserError
 
 T = TypeVar("T")
 KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", bool: "true or false", float: "a number"}
+MAX_NESTING = 100  # of lists and objects: Python writes and compares nested values by recursion
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 AGENTS = {
@@ -86,12 +87,26 @@ def verifier_field(row: Mapping[str, Json], key: str) -> Json:
     return row.get(key)
 
 
+def too_deep(value: Json) -> bool:
+    """Whether lists and objects lie deeper in each other than `MAX_NESTING`. What is, can be parsed and not written."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        containers = [item for item in level if isinstance(item, (list, dict))]
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return False
+    return True
+
+
 def loose_json(value: Json, key: str, row_id: str) -> Json:
     """A field that some rows carry as JSON text and others as the value itself."""
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        found = json.loads(value) if isinstance(value, str) else value
+        if too_deep(found):
+            raise UserError(f"{row_id}: field {key!r} is nested deeper than {MAX_NESTING} levels")
+        return found
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f"{row_id}: field {key!r} is text but not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ import importlib.util
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -186,6 +186,19 @@ def unanswered(transcript: Transcript) -> Scored | None:
     if "<think>" in content or "</think>" in content:
         return Scored(0.0, reason="thinking in the answer")
     return None
+
+
+def played(transcript: Transcript) -> Iterator[Message]:
+    """The assistant turns that an environment would have answered: a turn without calls ends the episode, and calls
+    after it were never made, unless a user has spoken since.
+    """
+    ended = False
+    for message in transcript.messages:
+        if message.role == "assistant" and not ended:
+            yield message
+            ended = not message.tool_calls
+        elif message.role == "user":
+            ended = False
 
 
 BRIDGES = ("nemo_gym",)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.nano_words import ANIMALS, NAMES, THINGS
-from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, played
 from nemo_cascade.reward.nano_repository import OPERATORS, make_repository
 from nemo_cascade.reward.repository import RepositoryTask
 from nemo_cascade.reward.repository_grader import RepositoryGrader, repository_task
@@ -245,9 +245,8 @@ class SweAgentic(SingleTurn):
         if transcript.truncated:
             return Scored(0.0, reason="truncated")
         copy = WorkingCopy(task, _not_now)
-        for message in transcript.messages:
-            if message.role == "assistant":
-                copy.reply(message)
+        for message in played(transcript):
+            copy.reply(message)
         return self.grader.grade(task.id, copy.repository, copy.files)
 
     def cases(self) -> list[Case]:

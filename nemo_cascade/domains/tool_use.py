@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from nemo_cascade.data.nano_words import DAYS, NAMES
 from nemo_cascade.data.rows import field, input_messages, input_tools, loose_json
 from nemo_cascade.data.splits import draw
-from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
+from nemo_cascade.domains import Services, SingleTurn, content_of, make_task, played
 from nemo_cascade.reward import workplace_office
 from nemo_cascade.reward.workplace import TOOLS as WORKPLACE_TOOLS
 from nemo_cascade.reward.workplace import Workplace
@@ -207,9 +207,8 @@ class ToolUse(SingleTurn):
         except UserError as error:
             return Invalid(str(error))
         num_errors = 0
-        for message in transcript.messages:
-            answers = episode.reply(message) if message.role == "assistant" else None
-            num_errors += sum(_failed(answer.content) for answer in answers or ())
+        for message in played(transcript):
+            num_errors += sum(_failed(answer.content) for answer in episode.reply(message) or ())
         for call in _reference_calls(task):
             answer = reference.backend.call(call.name, call.arguments)
             if _failed(answer):

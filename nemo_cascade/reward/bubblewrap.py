@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from nemo_cascade.reward import fork_server, wire
+from nemo_cascade.reward import fork_server, system_calls, wire
 from nemo_cascade.types import UserError
 
 Mode = Literal["root", "user"]
@@ -90,7 +90,7 @@ def _compiled_server() -> Path:
     return folder
 
 
-def _sandbox_uid() -> int:
+def sandbox_uid() -> int:
     """A uid that nobody else has, so that process limits count this sandbox alone."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     first, _, count = max(ranges, key=lambda row: row[2])
@@ -115,7 +115,7 @@ def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]
         arguments += ["--setenv", name, value]
     arguments += ["--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONDONTWRITEBYTECODE", "1"]
     arguments += ["--remount-ro", "/", "--chdir", "/tmp", str(_python()), "-s", "-S", "/run/server/fork_server.pyc"]
-    return [*arguments, str(_sandbox_uid() if mode == "root" else NO_USER)]
+    return [*arguments, str(sandbox_uid() if mode == "root" else NO_USER)]
 
 
 @functools.cache
@@ -141,15 +141,41 @@ def launch_mode() -> Mode:
     )
 
 
+def _filter_file() -> int | None:
+    """A descriptor from which one bubblewrap reads the filter of system calls; None on a machine without one."""
+    program = system_calls.filter_program()
+    if not program:
+        return None
+    fd = os.memfd_create("seccomp")
+    os.write(fd, program)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+RUNNING: set[int] = set()
+"""bubblewrap processes of this process that nobody has ended."""
+
+
 class Server:
     """A running sandbox. One thread at a time; every wait has a deadline."""
 
     def __init__(self, scratch_mb: int, read_only: Sequence[Path], mode: Mode | None = None) -> None:
         argv = command(mode or launch_mode(), scratch_mb, read_only)
-        pipe = subprocess.PIPE
+        pipe, filtered = subprocess.PIPE, _filter_file()
+        if filtered is not None:
+            argv[1:1] = ["--seccomp", str(filtered)]
         self._process = subprocess.Popen(
-            argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env={"PATH": os.defpath}
+            argv,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            bufsize=0,
+            env={"PATH": os.defpath},
+            pass_fds=() if filtered is None else (filtered,),
         )
+        if filtered is not None:
+            os.close(filtered)
+        RUNNING.add(self._process.pid)
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._in, self._out, self._err = self._process.stdin, self._process.stdout, self._process.stderr
         for stream in (self._in, self._out, self._err):
@@ -204,6 +230,7 @@ class Server:
     def kill(self) -> None:
         """End the sandbox: its init dies with bubblewrap and takes the whole pid namespace along."""
         self.closed = True
+        RUNNING.discard(self._process.pid)
         self._process.kill()
         self._process.wait()
         for stream in (self._in, self._out, self._err):

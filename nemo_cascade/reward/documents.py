@@ -16,6 +16,7 @@ import io
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 from xml.parsers import expat
@@ -25,6 +26,8 @@ from nemo_cascade.types import Json
 MAX_CHARS = 200_000
 MAX_DEPTH = 100
 MAX_NUMBER = 400  # characters
+_KEY = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(rf"(?:^[ \t\[]*+|[{{,][ \t]*+){_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{{MAX_DEPTH}}}", re.MULTILINE)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
@@ -37,7 +40,8 @@ def parse_document(kind: str, text: str) -> Json:
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
     try:
-        return _plain(PARSERS[kind](text), 0)
+        value = PARSERS[kind](text)
+        return value if kind == "csv" else _plain(value, 0)  # a table holds texts and nulls
     except RecursionError as error:
         raise Unreadable("nested too deeply") from error
 
@@ -52,11 +56,11 @@ def fitted(kind: str, value: Json, schema: Json) -> Json:
     if kind == "csv" and isinstance(value, list):
         items = schema.get("items", schema) if isinstance(schema, dict) else {}
         columns = items.get("properties", {}) if isinstance(items, dict) else {}
-        return [
-            {name: _fit_text(text, _type_of(columns, name, "string")) for name, text in row.items()}
-            for row in value
-            if isinstance(row, dict)
-        ]
+        tables = [row for row in value if isinstance(row, dict)]
+        types = {name: _type_of(columns, name, "string") for name in (tables[0] if tables else ())}
+        if all(kind == "string" for kind in types.values()):
+            return tables  # type: ignore[return-value]
+        return [{name: _fit_text(text, types[name]) for name, text in row.items()} for row in tables]
     return value
 
 
@@ -131,6 +135,8 @@ def _yaml(text: str) -> Any:
 
 
 def _toml(text: str) -> Any:
+    if _LONG_KEY.search(text):  # tomllib's time grows with the square of a key's parts
+        raise Unreadable("nested too deeply")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -149,7 +155,9 @@ def _csv(text: str) -> Any:
     if not body:
         raise Unreadable("no rows")
     if len(set(header)) != len(header):
-        raise Unreadable(f"duplicate column {next(name for name in header if header.count(name) > 1)!r}")
+        raise Unreadable(f"duplicate column {Counter(header).most_common(1)[0][0][:60]!r}")
+    if len(header) * len(body) > MAX_CHARS:  # short rows under a long header: a table far larger than its text
+        raise Unreadable(f"{len(body)} rows of {len(header)} cells")
     for number, row in enumerate(body, start=1):
         if len(row) > len(header):
             raise Unreadable(f"row {number} has {len(row)} cells, the header {len(header)}")

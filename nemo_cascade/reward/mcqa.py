@@ -14,7 +14,7 @@ MODES: tuple[Mode, ...] = ("strict_single_letter_boxed", "lenient_boxed", "lenie
 MAX_PATTERN_CHARS = 300
 SEARCHED_CHARS = 4000
 _SINGLE_LETTER = re.compile(r"[^A-Za-z]*([A-Z])[^A-Za-z]*")
-_TEXT_WRAP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{\s*(.*?)\s*\}", re.DOTALL)
+_TEXT_WRAP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^}]*)\}")
 _ANSWER_COLON = re.compile(r"answer\s*:\s*(.+)", re.IGNORECASE)
 _NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?:[+*]|\{\d+,\d*\})(?:[^()\\]|\\.)*\)(?:[+*]|\{\d+,\d*\})")
 
@@ -79,9 +79,11 @@ def _letter(candidate: str, options: Mapping[str, str]) -> str | None:
 
 
 def _unwrapped(text: str) -> str:
+    """The text out of its \\text{} and the like; empty for one too long to name an option."""
     previous = None
+    text = text if len(text) <= SEARCHED_CHARS else ""
     while previous != text:
-        previous, text = text, _TEXT_WRAP.sub(r"\1", text)
+        previous, text = text, _TEXT_WRAP.sub(lambda wrapped: wrapped.group(1).strip(), text)
     return text
 
 

@@ -8,8 +8,8 @@ recorded rewards give 0 to fenced answers. JSON is read here, the other kinds in
 from __future__ import annotations
 
 import functools
-import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 import jsonschema_rs
@@ -43,8 +43,8 @@ def _no_constant(name: str) -> Json:
 def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise NotStrictJson(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise NotStrictJson(f"duplicate key {twice[:60]!r}")
     return found
 
 
@@ -115,10 +115,10 @@ def grade(schema_text: str, text: str, kind: str = "json") -> Scored:
     except ValueError as error:
         return Scored(0.0, {kind: 0.0, "schema": 0.0}, f"not {kind.upper()}: {error}"[:200])
     try:
-        errors = list(itertools.islice(validator.iter_errors(value), 1))
-    except (ValueError, OverflowError) as error:  # surrogates, nesting beyond the validator
-        return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"cannot be checked: {error}"[:200])
-    for error in errors:
+        validator.validate(value)  # ends with the first error; iter_errors writes all of them before it gives one
+    except jsonschema_rs.ValidationError as error:
         place = "/".join(str(step) for step in error.instance_path) or "top level"
         return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"{place}: {error.message}"[:200])
+    except (ValueError, OverflowError) as error:  # surrogates, nesting beyond the validator
+        return Scored(0.0, {kind: 1.0, "schema": 0.0}, f"cannot be checked: {error}"[:200])
     return Scored(1.0, {kind: 1.0, "schema": 1.0}, "complies")

@@ -129,8 +129,8 @@ def parse_diff(text: str) -> PatchSet:
     lines = [line for line in solution_part(text).strip("\n").splitlines() if not line.startswith("```")]
     try:
         patch = PatchSet("\n".join(lines) + "\n")
-    except UnidiffParseError as error:
-        raise BadEdit(f"not a unified diff: {error}") from error
+    except (UnidiffParseError, ValueError) as error:  # ValueError: a line number of thousands of digits
+        raise BadEdit(f"not a unified diff: {str(error)[:200]}") from error
     if not any(len(file) for file in patch):
         raise BadEdit("a diff without hunks")
     return patch

@@ -38,9 +38,9 @@ class Workplace(Tables):
         try:
             inspect.signature(tool).bind(self, **given)
             texts = {key: _argument(key, value) for key, value in given.items()}
-        except (TypeError, ValueError) as error:
+            return _body(tool(self, **texts))
+        except (TypeError, ValueError) as error:  # also a time zone where there must be none, or a number that is none
             return _body(f"Error executing tool '{name}': {error}")
-        return _body(tool(self, **texts))
 
     def company_directory_find_email_address(self, name: str = "") -> Json:
         return [person for person in self.people if name.lower() in person] if name else "Name not provided."
@@ -248,7 +248,7 @@ class Workplace(Tables):
     ) -> Json:
         if not all((customer_name, assigned_to_email, status)):
             return "Please provide all required fields: customer_name, assigned_to_email, status."
-        keys = list(self.tables["customer"][0])
+        keys = self.fields["customer"]
         unknown = sorted(set(others) - set(keys))
         if unknown:
             return f"Error: unexpected argument '{unknown[0]}'"
@@ -291,6 +291,6 @@ def _event_problem(field: str, value: str) -> str:
         return f"{field} not provided."
     if field == "event_start" and parse_time(value) is None:
         return "Invalid event_start format. Expected YYYY-MM-DD HH:MM:SS."
-    if field == "duration" and not (value.isdigit() and int(value) > 0):
+    if field == "duration" and not (value.isdecimal() and int(value) > 0):
         return "Duration must be a positive number of minutes."
     return ""

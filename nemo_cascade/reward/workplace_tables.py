@@ -66,6 +66,7 @@ class Tables:
     def __init__(self, folder: Path) -> None:
         tables, self.people = _load(folder)
         self.tables: dict[str, list[Row]] = {name: list(rows) for name, rows in tables.items()}
+        self.fields = {name: list(rows[0]) if rows else [] for name, rows in tables.items()}  # calls may empty a table
         self.plots: list[str] = []
 
     def state(self) -> Json:

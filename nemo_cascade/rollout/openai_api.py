@@ -15,9 +15,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from nemo_cascade.data.chat import ChatTokenizer
+from nemo_cascade.data.rows import MAX_NESTING, too_deep
 from nemo_cascade.types import Completion, Json, Message, Request, SamplingParams, Tool, ToolCall, UserError
 
 DEFAULT_MAX_TOKENS = 256
+MAX_COPIES = 4096  # answers to one prompt of one request
+LARGEST = 2.0**53  # what fits into a float without loss
 REFUSED = ("best_of", "logit_bias", "frequency_penalty", "presence_penalty", "stream", "echo", "stop")
 ROLES = ("system", "user", "assistant", "tool", "response_1", "response_2")
 
@@ -31,13 +34,26 @@ def refuse_unsupported(body: Mapping[str, Json]) -> None:
             raise UserError(f"{key}: not supported by this server; leave it out")
 
 
+def body_of(content: bytes) -> dict[str, Json]:
+    """The JSON object of a request."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"body: not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise UserError("body: a JSON object is needed")
+    if too_deep(body):
+        raise UserError(f"body: nested deeper than {MAX_NESTING} levels")
+    return body
+
+
 def number(body: Mapping[str, Json], key: str, default: float) -> float:
     """A number of the body."""
     value = body.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{key}: {value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
+        raise UserError(f"{key}: {repr(value)[:60]} is not a number")
     return value
 
 
@@ -60,8 +76,8 @@ def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: 
     """Requests for every prompt, `n` of each; sample i of a prompt uses seed + i. No seed: a fresh one."""
     refuse_unsupported(body)
     copies = int(number(body, "n", 1))
-    if copies < 1:
-        raise UserError(f"n: {copies} is below 1")
+    if not 1 <= copies <= MAX_COPIES:
+        raise UserError(f"n: {copies} is not between 1 and {MAX_COPIES}")
     seeds = per_prompt(body, "seed", len(prompts))
     key = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     limits = per_prompt(body, key, len(prompts)) or [DEFAULT_MAX_TOKENS] * len(prompts)
@@ -69,7 +85,7 @@ def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: 
     if stops is not None and not _is_ids(stops):
         raise UserError("stop_token_ids: a list of token ids is needed")
     mode = body.get("logprobs_mode", "processed_logprobs")
-    if mode not in LOGPROBS_MODES:
+    if not isinstance(mode, str) or mode not in LOGPROBS_MODES:
         raise UserError(f"logprobs_mode: {mode!r} is not one of {', '.join(LOGPROBS_MODES)}")
     params = SamplingParams(
         max_new_tokens=max(limits),
@@ -77,7 +93,7 @@ def asked(body: Mapping[str, Json], prompts: Sequence[Sequence[int]], stop_ids: 
         top_p=float(number(body, "top_p", 1.0)),
         top_k=int(number(body, "top_k", 0)),
         stop_ids=tuple(stop_ids if stops is None else stops),  # type: ignore[arg-type]
-        logprobs=LOGPROBS_MODES[str(mode)],
+        logprobs=LOGPROBS_MODES[mode],
         routed_experts=body.get("return_routed_experts") is True,
     )
     found: Asked = []
@@ -162,9 +178,16 @@ def tools_of(body: Mapping[str, Json]) -> list[Tool]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"tools[{index}]: `function` with a `name` is needed")
         parameters = function.get("parameters") or {}
-        description = str(function.get("description") or "")
-        tools.append(Tool(str(function["name"]), description, parameters))  # type: ignore[arg-type]
+        if not isinstance(parameters, dict) or not _are_fields(parameters.get("properties") or {}):
+            raise UserError(f"tools[{index}].function.parameters: a JSON schema with `properties` of objects is needed")
+        tools.append(Tool(str(function["name"]), str(function.get("description") or ""), parameters))
     return tools
+
+
+def _are_fields(properties: Json) -> bool:
+    """Whether each property is an object, as the chat template writes them, with a text as its description."""
+    fields = properties.values() if isinstance(properties, dict) else [None]
+    return all(isinstance(field, dict) and isinstance(field.get("description") or "", str) for field in fields)
 
 
 def completion_choice(

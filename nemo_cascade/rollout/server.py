@@ -146,10 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if parts.path == "/weights" and "version" in (query := parse_qs(parts.query)):
                 return Reply(200, served.load_bytes(content, int(query["version"][0])))
-            body = json.loads(content)
-            if not isinstance(body, dict):
-                raise UserError("body: a JSON object is needed")
-            return Reply(200, routes[parts.path](body))
+            return Reply(200, routes[parts.path](api.body_of(content)))
         except (ValueError, OSError) as error:  # UserError and malformed JSON among them
             return Reply(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
         except concurrent.futures.TimeoutError:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import psutil
 import pytest
 
 from nemo_cascade import domains
-from nemo_cascade.cascade.attacks import Attack, Held, Target, assault
+from nemo_cascade.cascade.attacks import Attack, Held, Target, assault, programs, survivors
 from nemo_cascade.cascade.attacks.battery import battery
 from nemo_cascade.cascade.audit import audit, to_json
 from nemo_cascade.domains import Services
@@ -52,6 +55,58 @@ def test_quick_attacks_are_held(name: str, services: Services) -> None:
 def test_attacks_on_the_limits_are_held(name: str, services: Services) -> None:
     attacks = [attack for attack in attacks_on(name, services) if attack.slow]
     assert not attacks or breaches(attacks) == []
+
+
+@pytest.mark.slow
+def test_neighbours_of_hungry_attacks_keep_their_reward(services: Services) -> None:
+    """Fork, memory, disk, output and CPU bombs: gold answers scored while they run score 1, several beside each that
+    takes its time.
+    """
+    hungry = [attack for attack in attacks_on("code", services) if attack.hungry]
+    assert len(hungry) == len(programs.HUNGRY) >= 20
+    held = [assault(attack) for attack in hungry]
+    assert [one for one in held if one.breach] == []
+    assert sum(one.beside for one in held) >= 2 * len(hungry)
+    assert all(one.beside >= 2 for one in held if one.seconds > 3.0)
+
+
+def test_a_neighbour_that_loses_later_is_seen() -> None:
+    """Beside a hungry attack honest submissions are scored until it has ended, not once."""
+    verdicts = iter([Scored(1.0), Scored(1.0), Scored(0.0, reason="starved")])
+
+    def eats() -> Scored:
+        while not ended.wait(0.01):
+            continue
+        return Scored(0.0)
+
+    def honest() -> Scored:
+        verdict = next(verdicts)
+        if verdict.reward == 0.0:
+            ended.set()
+        return verdict
+
+    ended = threading.Event()
+    found = assault(Attack("a", eats, honest, hungry=True))
+    assert found.breach == "an honest submission beside it got 0 (starved)"
+    assert found.beside >= 2
+
+
+def test_what_an_attack_leaves_running_is_seen() -> None:
+    """Also when its parent has ended: an orphan is adopted, so that its ancestor stays this process."""
+    source = "import subprocess as s; print(s.Popen(['sleep', '60'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+    pids: list[int] = []
+
+    def leaves() -> Scored:
+        pids.append(int(subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout))
+        return Scored(0.0)
+
+    patience, survivors.GRACE_SECONDS = survivors.GRACE_SECONDS, 0.3
+    try:
+        found = assault(Attack("a", leaves, lambda: Scored(1.0), sandboxed=True))
+    finally:
+        survivors.GRACE_SECONDS = patience
+        psutil.Process(pids[0]).kill()
+    assert found.breach == f"processes remain: sleep ({pids[0]})"
 
 
 def test_nothing_outlives_the_attacks() -> None:

@@ -1,179 +1,135 @@
-"""Every parser of what a model writes takes any text, or any bytes, within its time and without an escaping exception.
+"""Every parser of `tools/fuzz/parsers.py` takes any text within its time and without an escaping exception.
 
-`NEMO_CASCADE_FUZZ=100000 python -m pytest tests/contracts/test_fuzz.py` tries that many per parser; the default is
-small. Texts are arbitrary (surrogates and control characters too) or made of the words that the parsers look for.
+A few hundred inputs each; `python -m tools.fuzz` tries 100,000 and docs/fuzzing.md has what came of it. Whoever adds a
+domain, a reward module or an instruction adds its parser to the catalogue: a test here fails until then.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
-import time
-from collections.abc import Callable
+import pkgutil
+import re
+import warnings
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from nemo_cascade.data.chat import parse_text
-from nemo_cascade.data.responses import transcript_of
-from nemo_cascade.domains import code
-from nemo_cascade.reward import instructions, mcqa, repair_judge, schema, wire
-from nemo_cascade.reward.assertions import plain
-from nemo_cascade.reward.genrm import parse_verdict
-from nemo_cascade.reward.judge import _content, parse_equivalence
-from nemo_cascade.reward.math_equal import extract_boxed, is_runaway, normalized
-from nemo_cascade.reward.patience import retry_after
-from nemo_cascade.reward.repair_judge import Repair, grade_repair, repair_prompt
-from nemo_cascade.reward.repository import _read_report
-from nemo_cascade.reward.row_scripts import last_fence, read_summary
-from nemo_cascade.reward.search_replace import BadEdit, apply_diff, apply_edits, parse_diff, parse_edits
-from nemo_cascade.types import Tool, UserError
+from nemo_cascade import domains, reward
+from nemo_cascade.reward import instructions
+from tools.fuzz import __main__ as fuzz
+from tools.fuzz.drawn import drawn
+from tools.fuzz.engines import PATIENCE, run
+from tools.fuzz.grammars import Grammar
+from tools.fuzz.inputs import MAX_FLOOD, Inputs, from_bytes
+from tools.fuzz.parsers import ARGUMENTS, CATALOGUE, NOT_PARSERS, Parser
 
-EXAMPLES = int(os.environ.get("NEMO_CASCADE_FUZZ", "60"))
-SECONDS = 5.0  # CPU time of one call
-WORDS = (
-    *("\\boxed{", "}", "{", "[", "]", "(", ")", "^", "!", "\\frac", "\\text{", "42", "A", "B"),
-    *("Answer: ", "answer:", ",",),
-    *("```", "```python\n", "def f(x): return x\n", "\n", " ", "\t", "<think>", "</think>"),
-    *("<tool_call>\n", "</tool_call>",),
-    *("<function=f>\n", "</function>\n", "<parameter=a>\n", "</parameter>\n", "<solution>"),
-    *("</solution>", "### a.py\n",),
-    *("<<<<<<< SEARCH\n", "=======\n", ">>>>>>> REPLACE\n", "x = 1\n", "--- a/a.py\n", "+++ b/a.py\n"),
-    *("@@ -1,1 +1,1 @@\n",),
-    *("-x = 1\n", "+x = 2\n", "\\ No newline at end of file\n", "rename from a.py\n"),
-    *("GIT binary patch\n", "@@ -0,0 +1 @@\n",),
-    *('"', "'", '{"score_1": 5, "score_2": 1, "ranking": 2}', '"overall": ', "CORRECT", "INCORRECT"),
-    *("NaN", "1e999", "null", '{"choices": [', '{"message": {"content": ', "}}]}", "Wed, 21 Oct 2015 07:28:00 GMT"),
-    *('"a": ', "nonce\tpassed\tt\t\n", "nonce\tend\n", "\ud800", "\0", "\u202e", "\x85", "\u2028"),
-    *("9" * 50, "a" * 300, "$",),
-    *("<judgement>", "YES", "</judgement>", "<|im_end|>", "[/INST]", "=== short test summary info ===\n"),
-    *("PASSED a.py::t\n", "\x1b[32m"),
-)
-FILES = {"a.py": "x = 1\n", "b/c.py": ""}
-CHECKS = (
-    ("keywords:existence", {"keywords": ["a"]}),
-    ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2}),
-    ("detectable_format:json_format", {}),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 1}),
-    ("combination:two_responses", {}),
-    ("startend:quotation", {}),
-)
-KEYS = ("type", "output", "role", "content", "text", "arguments", "name", "refusal", "int", "dict", "set")
-anything = st.one_of(
-    st.text(st.characters(), max_size=400),
-    st.lists(st.sampled_from(WORDS), max_size=60).map("".join),
-    st.binary(max_size=400).map(lambda data: data.decode("utf-8", "surrogateescape")),
-    st.tuples(st.sampled_from(WORDS), st.integers(1, 3000)).map(lambda pair: pair[0] * pair[1]),
-)
-values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
-    ),
-    max_leaves=12,
-)
+INPUTS = int(os.environ.get("NEMO_CASCADE_FUZZ", "250"))  # from damaged valid texts
+DRAWN = max(25, INPUTS // 10)  # by hypothesis, whose inputs take a hundred times as long to make
 
 
-def _edits(text: str) -> None:
-    apply_edits(FILES, parse_edits(text))
-
-
-def _diff(text: str) -> None:
-    apply_diff(FILES, parse_diff(text))
-
-
-def _repairs(text: str) -> None:
-    gold = {**FILES, "a.py": "x = 2\n"}
-    grade_repair(None, Repair("", FILES, text, gold), apply_edits(FILES, parse_edits(text)))
-
-
-def _letters(text: str) -> None:
-    for mode in mcqa.MODES:
-        mcqa.extract_letter(text, {"A": "one", "B": "two"}, mode)
-    mcqa.extract_letter(text, {"A": "one", "B": "two"}, output_regex=r"answer:\s*\(?([A-B])\)?")
-
-
-def _calls(text: str) -> None:
-    tool = Tool("f", "", {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "object"}}})
-    for thinking in (True, False):
-        parse_text(text, thinking, (tool,))
-
-
-def _source(text: str) -> None:
-    code._broken(code.extract_code(text), "python")
-
-
-def _constraints(text: str) -> None:
-    instructions.grade([key for key, _ in CHECKS], [dict(kwargs) for _, kwargs in CHECKS], "Say a.", text, "fraction")
-
-
-def _mathematics(text: str) -> None:
-    is_runaway(normalized(text))
-
-
-SCHEMA = '{"type": "object", "properties": {"a": {"type": "string"}, "b": {"items": {"type": "number"}}}}'
-TEXTS: dict[str, tuple[Callable[[str], object], tuple[type[Exception], ...]]] = {
-    "boxes": (extract_boxed, ()),
-    "mathematics": (_mathematics, ()),
-    "letters": (_letters, ()),
-    "json": (lambda text: schema.grade(SCHEMA, text), ()),
-    "edits": (_edits, (BadEdit,)),
-    "diffs": (_diff, (BadEdit,)),
-    "code": (_source, ()),
-    "calls": (_calls, ()),
-    "constraints": (_constraints, ()),
-    "verdicts": (parse_verdict, ()),
-    "equivalence": (parse_equivalence, ()),
-    "chat replies": (_content, (ValueError,)),
-    "pauses": (retry_after, ()),
-    "repairs": (_repairs, (BadEdit,)),
-    "repair prompts": (lambda text: repair_prompt(Repair(text, {text: text}, text), text), ()),
-    "repair verdicts": (repair_judge.parse_verdict, ()),
-    "summaries": (read_summary, ()),
-    "fences": (last_fence, ()),
-    "reports": (lambda text: _read_report(text, "nonce"), ()),
-}
-many = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-
-
-def within_time(parse: Callable[[object], object], value: object, allowed: tuple[type[Exception], ...]) -> None:
-    started = time.thread_time()
-    try:
-        parse(value)
-    except allowed:
-        return
-    finally:
-        assert time.thread_time() - started < SECONDS
-
-
-@pytest.mark.parametrize("name", sorted(TEXTS))
+@pytest.mark.parametrize("name", CATALOGUE)
 def test_any_text(name: str) -> None:
-    parse, allowed = TEXTS[name]
-
-    @many
-    @given(anything)
-    def tried(text: str) -> None:
-        within_time(parse, text, allowed)  # type: ignore[arg-type]
-
-    tried()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # programs that compile with a warning
+        for tally in (fuzz.tally_of(CATALOGUE[name], "grammar", INPUTS, 1), drawn(CATALOGUE[name], DRAWN, 1)):
+            assert fuzz.faults(tally) == []
+            assert tally.held
+            assert tally.inputs >= (INPUTS if tally.engine == "grammar" else DRAWN // 2)  # no text is drawn twice
 
 
-@many
-@given(values)
-def test_any_response_object(value: object) -> None:
-    within_time(lambda item: transcript_of({"output": [item]}, "row"), value, (UserError,))  # type: ignore[list-item]
+def test_every_domain_and_reward_module_has_a_parser() -> None:
+    served = {domain for parser in CATALOGUE.values() for domain in parser.domains}
+    assert served == set(domains.known())
+    covered = {module for parser in CATALOGUE.values() for module in parser.modules}
+    found = [module.name for module in pkgutil.walk_packages(reward.__path__, "reward.")]
+    found += [f"domains.{name}" for name in domains.known()]
+    checks = "reward.instructions."  # their entry is the package's: `instructions` runs them all
+    assert {name for name in found if not name.startswith(checks)} - covered == set(NOT_PARSERS)
+    for module in covered:
+        importlib.import_module(f"nemo_cascade.{module}")
 
 
-@many
-@given(values)
-def test_any_answer_of_a_candidate(value: object) -> None:
-    within_time(plain, value, (ValueError, TypeError, KeyError, OverflowError, AttributeError))
+def test_every_instruction_is_tried() -> None:
+    """An instruction whose arguments the catalogue lacks would raise Unsupported, which no parser may."""
+    text = "The frog sat."
+    tried = {name: instructions.check(name, ARGUMENTS, "Say frog twice.", text) for name in instructions.CHECKS}
+    assert len(tried) == len(instructions.CHECKS) >= 111
+    assert CATALOGUE["instructions"].refuses == ()
 
 
-@many
-@given(st.binary(max_size=600))
-def test_any_frame(data: bytes) -> None:
-    within_time(wire.decode, data, (ValueError,))  # type: ignore[arg-type]
+def test_what_breaks_is_seen() -> None:
+    """The tally can fail: what escapes is counted once per input and kept once per kind, what takes too long is broken
+    off.
+    """
+
+    def read(text: str) -> int:
+        if "9" in text:
+            raise LookupError(text)
+        while len(text) == 3:
+            continue  # Python code, so that the timer can break it off
+        return int(text)
+
+    parser = Parser("test", read, Grammar((), ("1",)), (), (), (ValueError,), 0.05)
+    tally = run(parser, iter(["1", "x", "9", "93", "111", "2"]), 6, 0, "grammar")
+    assert (tally.inputs, tally.refused, tally.num_escaped, tally.num_late, tally.held) == (6, 1, 2, 1, False)
+    assert tally.escaped == [("LookupError: 9", "9")]
+    assert tally.late[0][1] == "111"
+    assert 0.05 < tally.slowest_s < 0.05 * PATIENCE + 1.0
+    assert [line.split(":")[0] for line in fuzz.faults(tally)] == ["ESCAPED test", "LATE test"]
+
+
+def test_atheris_tries_as_many_as_asked() -> None:
+    pytest.importorskip("atheris", reason="requirements/bench.txt is not installed")
+    tally = fuzz.tally_of(CATALOGUE["equivalence"], "atheris", 300, 0)
+    assert (tally.inputs, tally.engine, tally.held) == (300, "atheris", True)
+    assert tally.longest > 20  # the examples are its first inputs
+
+
+def test_inputs_follow_from_the_seed_and_reach_everywhere() -> None:
+    grammar = CATALOGUE["responses"].grammar
+
+    def first(count: int, seed: int) -> list[str]:
+        inputs = Inputs("responses", seed, grammar.examples, grammar.words)
+        return [inputs.draw() for _ in range(count)]
+
+    texts = first(2000, 3)
+    assert first(50, 3) == texts[:50] != first(50, 4)
+    assert max(map(len, texts)) > MAX_FLOOD // 4
+    assert any("\udc80" <= char <= "\udcff" for text in texts for char in text)  # bytes that are no UTF-8
+    assert any("[" * 900 in text for text in texts)
+    assert from_bytes(b"\0\xff") == "\udcff"
+    assert from_bytes(b"\1\xff") == "\ufffd"
+    assert from_bytes(b"") == ""
+
+
+def test_the_page_has_every_parser_at_its_full_count() -> None:
+    """docs/fuzzing.md: 100,000 inputs to every parser, nothing escaped, nothing late."""
+    rows = {}
+    for engine in ("grammar", "atheris"):
+        part = fuzz.PAGE.read_text(encoding="utf-8").split(f"<!-- {engine} -->\n")[1]
+        lines = part.split(f"\n<!-- end of {engine} -->")[0].splitlines()[len(fuzz.HEAD) :]
+        rows[engine] = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert all(int(row[1].replace(",", "")) >= 100_000 for row in rows[engine])
+        assert all((row[4], row[7]) == ("0", "0") for row in rows[engine])
+        assert all(row[5] == f"{CATALOGUE[row[0]].seconds:g}" for row in rows[engine])
+    assert [row[0] for row in rows["grammar"]] == list(CATALOGUE)
+    assert {row[0] for row in rows["atheris"]} <= set(CATALOGUE)  # the slowest are not tried again after every change
+
+
+def test_rows_of_the_page_are_renewed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = fuzz.PAGE.read_text(encoding="utf-8")
+    page = tmp_path / "fuzzing.md"
+    page.write_text(text, encoding="utf-8")
+    fuzz.write([fuzz.tally_of(CATALOGUE["boxes"], "grammar", 7, 0)], page)
+    assert re.search(r"^\| boxes \| 7 \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    fuzz.write([fuzz.tally_of(CATALOGUE["boxes"], "grammar", 8, 0)], page)
+    assert re.findall(r"^\| boxes \| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE) == ["8"]
+    assert fuzz.main(["--parsers", "boxes", "frames", "--inputs", "20"]) == 0
+    assert capsys.readouterr().out.count("| 20 |") == 2
+    if importlib.util.find_spec("atheris") is None:
+        assert fuzz.main(["--parsers", "boxes", "--inputs", "20", "--engine", "atheris"]) == 2
+        assert capsys.readouterr().err.startswith("--engine atheris: atheris is not installed; run `pip install -r req")
+    assert fuzz.main(["--parsers", "boxen"]) == 2
+    assert capsys.readouterr().err.startswith("--parsers: no parser 'boxen'; known: boxes, ")

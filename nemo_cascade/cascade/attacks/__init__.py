@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from nemo_cascade.cascade.attacks.survivors import Watch
 from nemo_cascade.protocols import Domain
 from nemo_cascade.types import Case, Invalid, Json, Outcome, Task, Transcript
 
@@ -18,6 +19,7 @@ HONEST_REWARD = 1e-9  # how far an honest submission's reward may be from what i
 OWN_SECONDS = 10.0
 """CPU time that one verdict may take in the process that asks for it: sandboxes and workers count their own."""
 WALL_SECONDS = 180.0
+FIRST_PAUSE_SECONDS = 0.1  # between honest submissions beside a hungry attack; each is twice the one before
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,22 @@ class Attack:
     honest_reward: float = 1.0
     most: float | None = 0.0
     slow: bool = False  # waits for a clock or uses up an allowance: seconds, whatever the machine
+    hungry: bool = False  # takes what neighbours need: honest submissions are scored beside it until it has ended
+    sandboxed: bool = False  # runs programs: nothing of them may be left when it has ended
 
 
 @dataclass(frozen=True)
 class Held:
-    """What became of an attack; `breach` is empty when it gained nothing and harmed nobody."""
+    """What became of an attack; `breach` is empty when it gained nothing, harmed nobody and left nothing behind.
+
+    `beside`: the honest submissions that got their verdict while the attack ran.
+    """
 
     attack: str
     breach: str
     outcome: str
     seconds: float
+    beside: int = 0
 
 
 @dataclass
@@ -74,14 +82,43 @@ class _Attempt:
 
 
 def assault(attack: Attack) -> Held:
-    """Run an attack and, at the same time, an honest submission; both must end as they should."""
+    """Run an attack and, at the same time, honest submissions; all must end as they should."""
+    watch = Watch() if attack.sandboxed else None
     started = time.monotonic()
-    attempt, honest = _Attempt(attack.score), _Attempt(attack.honest)
+    attempt = _Attempt(attack.score)
+    neighbours = _Neighbours(attack, attempt.thread)
+    honest = _Attempt(neighbours.score)
     for running in (attempt, honest):
         running.thread.join(max(0.0, started + WALL_SECONDS - time.monotonic()))
     seconds = time.monotonic() - started
-    breach = _breach(attack, attempt) or _harm(attack, honest)
-    return Held(attack.name, breach, _words(attempt.outcome), seconds)
+    breach = _breach(attack, attempt) or _harm(attack, honest) or (_remains(watch) if watch else "")
+    return Held(attack.name, breach, _words(attempt.outcome), seconds, neighbours.beside)
+
+
+@dataclass
+class _Neighbours:
+    """Honest submissions beside an attack: one, or beside a hungry one another and another until it has ended."""
+
+    attack: Attack
+    running: threading.Thread
+    beside: int = 0
+
+    def score(self) -> Outcome:
+        """The first verdict that is not as it must be, else the last."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            outcome = self.attack.honest()
+            alive = self.running.is_alive()
+            self.beside += alive
+            if _unlike(self.attack, outcome) or not (self.attack.hungry and alive):
+                return outcome
+            self.running.join(pause)
+            pause *= 2
+
+
+def _remains(watch: Watch) -> str:
+    left = watch.left()
+    return f"processes remain: {', '.join(left[:5])}" if left else ""
 
 
 def _breach(attack: Attack, attempt: _Attempt) -> str:
@@ -100,9 +137,14 @@ def _harm(attack: Attack, honest: _Attempt) -> str:
     outcome = honest.outcome
     if outcome is None:
         return f"an honest submission beside it got no verdict: {honest.problem or 'too late'}"
-    if isinstance(outcome, Invalid) or abs(outcome.reward - attack.honest_reward) > HONEST_REWARD:
+    if _unlike(attack, outcome):
         return f"an honest submission beside it got {_words(outcome)}"
     return ""
+
+
+def _unlike(attack: Attack, outcome: Outcome) -> bool:
+    """Whether an honest submission got another reward than it must."""
+    return isinstance(outcome, Invalid) or abs(outcome.reward - attack.honest_reward) > HONEST_REWARD
 
 
 def _words(outcome: Outcome | None) -> str:

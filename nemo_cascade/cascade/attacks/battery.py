@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from nemo_cascade.cascade.attacks import Attack, Target, answers, judges, patches, programs, reviews
+from nemo_cascade.cascade.attacks import Attack, Target, answers, forbidden, judges, patches, programs, reviews, tools
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.long_context import LongContext
 from nemo_cascade.domains.math import Math
@@ -21,6 +21,7 @@ from nemo_cascade.types import Case, Invalid, Json, Message, Outcome, Scored, Ta
 PADDING_CHARS = 1 << 20
 CODE_OPTIONS: dict[str, Json] = {"cpu_seconds": 1.0, "memory_mb": 256}  # an attack shall not take minutes to fail
 FORTY_TWO = next(iter(judges.IN_WORDS))
+SANDBOXED = ("code", "swe_agentless", "swe_agentic")
 QUICK_PADDING = ("boxes that open", "fences with a language")
 WAITS = (
     *("fork bomb", "infinite loop", "a thread that outlives", "floods standard error", "floods the result"),
@@ -38,12 +39,13 @@ def battery(target: Target) -> list[Attack]:
     if not any(case.reward > 0 for case in cases):
         raise UserError(f"domain {target.name}: cases() has no gold case, one with a reward above 0; add one")
     found = [*_hacks(target, cases), *_forms(target, domain, cases), *OWN.get(domain.name, _nothing)(target, cases)]
-    return [_timed(attack) for attack in found]
+    return [_marked(attack, domain.name) for attack in found]
 
 
-def _timed(attack: Attack) -> Attack:
+def _marked(attack: Attack, domain: str) -> Attack:
     own = attack.name.rpartition(": ")[2]
-    return dataclasses.replace(attack, slow=attack.slow or own.startswith(WAITS))
+    slow, sandboxed = attack.slow or own.startswith(WAITS), domain in SANDBOXED
+    return dataclasses.replace(attack, slow=slow, sandboxed=sandboxed, hungry=sandboxed and own in programs.HUNGRY)
 
 
 def _nothing(target: Target, cases: list[Case]) -> Iterator[Attack]:
@@ -191,6 +193,20 @@ def _code(target: Target, cases: list[Case]) -> Iterator[Attack]:
             yield target.attack(f"{kind}: {name}", gold, said, slow=slow, options=CODE_OPTIONS)
 
 
+    source = called.transcript.final.content
+    for name, attempt in forbidden.ATTEMPTS.items():
+        yield Attack(
+            f"call: {name}",
+            lambda attempt=attempt: forbidden.attempted(attempt, source, lambda text: _scored(target, called, text)),
+            target.scorer(called.task, called.transcript, CODE_OPTIONS),
+            called.reward,
+        )
+
+
+def _scored(target: Target, case: Case, source: str) -> Outcome:
+    return target.scorer(case.task, _said(case, f"```python\n{source}```"), CODE_OPTIONS)()
+
+
 def _filled(text: str, truth: Mapping[str, Json]) -> str:
     """A template of `patches` for one repository."""
     path, line = str(truth["path"]), str(truth["before"])
@@ -295,6 +311,7 @@ OWN = {
     "mcqa": _mcqa,
     "structured_output": _structured,
     "code": _code,
+    "tool_use": tools.attacks,
     "swe_agentless": _agentless,
     "swe_agentic": _agentic,
     LongContext.name: _equivalence,

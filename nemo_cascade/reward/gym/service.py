@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from nemo_cascade.data.gym_wire import task_of
 from nemo_cascade.data.responses import transcript_of
-from nemo_cascade.data.rows import field
+from nemo_cascade.data.rows import MAX_NESTING, field, too_deep
 from nemo_cascade.protocols import Domain, Episode
 from nemo_cascade.types import Invalid, Json, Message, Task, ToolCall, UserError
 
@@ -166,6 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(f"body: not JSON: {error}") from error
         if not isinstance(body, dict):
             raise UserError(f"body: must be a JSON object, this is {type(body).__name__}")
+        if too_deep(body):
+            raise UserError(f"body: nested deeper than {MAX_NESTING} levels")
         service, path = self.server.service, urlsplit(self.path).path
         if path == "/seed_session":
             return service.seed_session(body)

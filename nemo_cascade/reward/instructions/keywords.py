@@ -57,7 +57,7 @@ def exclude_word_harder(arguments: Arguments, prompt: str, text: str) -> bool:
 
 def no_adjacent_consecutive(arguments: Arguments, prompt: str, text: str) -> bool:
     """No word starts with the letter that follows the previous word's first letter in the alphabet."""
-    firsts = [word[0].lower() for word in text.split()]
+    firsts = [word.lower()[0] for word in text.split()]  # not word[0].lower(): \u0130 becomes two
     return bool(firsts) and all(ord(right) - ord(left) != 1 for left, right in itertools.pairwise(firsts))
 
 

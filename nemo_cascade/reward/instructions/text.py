@@ -12,7 +12,7 @@ Arguments = dict[str, Json]
 
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")
-_BOUNDARY = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+_BOUNDARY = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)")  # without going back: dots without end are one look
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof sr jr st vs etc inc ltd co corp dept est fig no vol al "
     "e.g i.e a.m p.m u.s u.k u.n ph.d cf approx".split()
