@@ -138,7 +138,7 @@ def test_the_longest_text_takes_no_longer_than_seconds(kind: str, unit: str) -> 
     began = time.process_time()
     outcome = grade('{"type": "object"}', text, kind)
     assert outcome.reward == 0.0
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - began < 5.0
     assert "longer than" in grade("{}", "x" * (MAX_CHARS + 1), kind).reason
 
 

@@ -132,12 +132,12 @@ def test_a_rate_limit_is_waited_for_and_is_no_failure() -> None:
         assert time.monotonic() - started >= 5 * 0.2
     with (
         JudgeServer(lambda _: "slow down", status=503, headers={"Retry-After": "30"}) as server,
-        Judge(server.url, "nano", timeout_s=2, retries=9) as judge,
+        Judge(server.url, "nano", timeout_s=20, retries=9) as judge,
     ):
         started = time.monotonic()
         answer = judge.ask(ASK, 16)
         assert isinstance(answer, Invalid) and answer.reason.endswith("(Retry-After: 30)")
-        assert (server.calls, time.monotonic() - started < 1.5) == (1, True)
+        assert (server.calls, time.monotonic() - started < 15) == (1, True)
 
 
 @pytest.mark.parametrize(
