@@ -99,14 +99,27 @@ def agreement(
 
 
 def clipped_ratio(
-    logprobs_T: torch.Tensor, old_logprobs_T: torch.Tensor, advantages_T: torch.Tensor, low: float, high: float
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    low: float,
+    high: float,
+    dual: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped surrogate min(rho A, clip(rho, 1 - low, 1 + high) A) [T], and where the clip acts (bool [T]).
 
     rho_t = pi_train(y_t) / pi_old(y_t) carries the gradient; pi_old are the log-probabilities that were recorded when
     the token was sampled. Where the clip acts the token has no gradient: it has already moved far enough in the
     direction of its advantage. At rho = 1 the gradient is exactly A grad log pi, that of the unclipped loss.
+
+    `dual` (dual clip, arXiv 1912.09729): where A < 0 the surrogate is at least dual A, dual > 1. PPO's own clip does
+    not hold a bad token that the newer policy finds more probable by far: rho A has no bound there.
     """
     rho_T = (logprobs_T - old_logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     free_T, held_T = rho_T * advantages_T, rho_T.clamp(1.0 - low, 1.0 + high) * advantages_T
-    return torch.minimum(free_T, held_T), held_T < free_T
+    surrogate_T, stopped_T = torch.minimum(free_T, held_T), held_T < free_T
+    if dual is None:
+        return surrogate_T, stopped_T
+    floor_T = dual * advantages_T
+    below_T = (advantages_T < 0.0) & (surrogate_T < floor_T)
+    return torch.where(below_T, floor_T, surrogate_T), stopped_T | below_T

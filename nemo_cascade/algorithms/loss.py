@@ -100,7 +100,8 @@ def policy_gradient(cfg: LossConfig) -> Objective:
     `clip_low`, `clip_high` are for rollouts of an older policy (mode train_only): A_t log pi becomes
     min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) with rho_t = pi(y_t) / pi_old(y_t), gradient through
     rho_t. pi_old are the log-probabilities that the Sampler recorded with the rollout. KL is then averaged over the
-    older policy's tokens, which is not its expectation under pi.
+    older policy's tokens, which is not its expectation under pi. `dual_clip` bounds the same by dual_clip A_t from
+    below where A_t < 0.
 
     Tokens of importance weight 0 are out of the loss whatever their log-probability, infinite ones too (and these out
     of KL); a NaN makes the loss NaN, which the Learner refuses.
@@ -135,7 +136,9 @@ def policy_gradient(cfg: LossConfig) -> Objective:
         else:
             old_T = needed(batch.sampler_logprobs_T, "sampler log-probabilities", "they are those of the old policy")
             old_T = old_T.masked_fill(lost_T, 0.0)
-            surrogate_T, held_T = clipped_ratio(logprobs_T, old_T, advantages_T, cfg.clip_low, cfg.clip_high)
+            surrogate_T, held_T = clipped_ratio(
+                logprobs_T, old_T, advantages_T, cfg.clip_low, cfg.clip_high, cfg.dual_clip
+            )
             metrics["clipped_share"] = (mean_T * held_T).sum()
             total = -(weights_T * surrogate_T).sum()
         total = total + penalty

@@ -139,6 +139,7 @@ class LossConfig:
     kl_in: str = "loss"  # loss: a term with a gradient | reward: subtracted from the advantage, without
     clip_low: Optional[float] = None  # PPO: the ratio to the recorded Sampler is clipped at 1 - clip_low
     clip_high: Optional[float] = None  # and at 1 + clip_high; None: no clipping, strictly on-policy
+    dual_clip: Optional[float] = None  # with clip_low: where A < 0 the surrogate is at least this x A; None: no bound
     importance: str = "none"  # none | tis (clamp) | icepop (mask) | sequence_mask; Learner against Sampler
     importance_low: float = 0.5
     importance_high: float = 2.0
@@ -163,6 +164,9 @@ class LossConfig:
             raise UserError("loss.clip_low: it goes with loss.clip_high; set both (PPO: 0.2 and 0.2) or none")
         share("loss.clip_low", 0.0 if self.clip_low is None else self.clip_low)
         at_least("loss.clip_high", self.clip_high, 0.0)
+        above("loss.dual_clip", self.dual_clip, 1.0)
+        if self.dual_clip is not None and self.clip_low is None:
+            raise UserError("loss.dual_clip: it bounds what loss.clip_low and clip_high leave free; set these too")
         if self.clip_low is not None and self.importance != "none":
             raise UserError(
                 f"loss.clip_low: clipping already weighs by the ratio to the Sampler, and importance {self.importance} "

@@ -129,6 +129,18 @@ def test_clipping_by_ppo() -> None:
     assert metrics["clipped_share"] == exactly(0.6)
 
 
+def test_dual_clip() -> None:
+    # Advantages negated: rho A = -1, -3, .6, -1.6, -5; clipped at .7 and 1.28: -1, -1.28, .7, -1.6, -2.56; the smaller:
+    # -1, -3, .6, -1.6, -5. At least 1.5 A where A < 0 (a1 -1.5, a2 -1.5, c1 -3, c2 -3): -1, -1.5, .6, -1.6, -3, sum
+    # -6.5. Held there, a2 and c2 have no gradient; the others rho A.
+    minus = dataclasses.replace(BATCH, advantages_T=-BATCH.advantages_T)
+    cfg = LossConfig(clip_low=0.3, clip_high=0.28, dual_clip=1.5)
+    loss, gradient, metrics = step(policy_gradient(cfg), minus)
+    assert loss == exactly(1.3)
+    assert gradient == exactly([0.2, 0.0, -0.12, 0.32, 0.0])
+    assert metrics["clipped_share"] == exactly(0.4)
+
+
 # kl 0.1 over the batch's tokens: 0.02 sum KL_t is added to 6/5 ln2, and 0.02 dKL_t to (-.2, -.2, .2, -.4, -.4).
 #   d = ln2 (1, 0, -1, 0, 1). k1: values d, slopes d (score function). k2: values d^2/2: 0.02 * 1.5 ln2^2; slopes d.
 #   k3: e^-d - 1 + d = (ln2 - 1/2, 0, 1 - ln2, 0, ln2 - 1/2), sum ln2; slopes 1 - e^-d = (1/2, 0, -1, 0, 1/2).

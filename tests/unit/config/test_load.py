@@ -236,6 +236,14 @@ def test_diff_lists_what_changed(cascade):
             "loss.clip_low: clipping already weighs by the ratio to the Sampler, and importance tis would weigh by it "
             "again; set one of them to none (null)",
         ),
+        (
+            "stages.if_rl.loss.dual_clip=3",
+            "loss.dual_clip: it bounds what loss.clip_low and clip_high leave free; set these too",
+        ),
+        (
+            "stages.if_rl.loss={clip_low: 0.2, clip_high: 0.28, dual_clip: 1.0}",
+            "loss.dual_clip: 1.0 is not above 1.0",
+        ),
         ("stages.mopd.micro_batch_tokens=0", "micro_batch_tokens: 0 is below 1"),
         ("judge={url: 'http://j', timeout_s: 0}", "judge.timeout_s: 0.0 is not above 0.0"),
         ("judge={url: 'http://j', strategy: ring}", "judge.strategy: 'ring' is not one of all_pairs, circular"),
