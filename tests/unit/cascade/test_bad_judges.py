@@ -203,8 +203,8 @@ def test_math_with_a_judge_is_checked_before_anything_samples(tmp_path: Path) ->
 def test_eval_needs_the_judge_of_its_cascade(tmp_path: Path) -> None:
     cascade = plan(tmp_path, "equivalence_judge: {url: 'http://j:1'}", RL.replace("preference", "math")).loaded.cascade
     rows = EvaluationConfig(domains=["long_context"], files={"long_context": ["rows.jsonl"]})
-    assert judges.for_evaluation(rows, cascade) is cascade.equivalence_judge
-    assert judges.for_evaluation(EvaluationConfig(domains=["math"]), cascade) is None
+    assert judges.for_evaluation(rows, cascade)["judge"] is cascade.equivalence_judge
+    assert judges.for_evaluation(EvaluationConfig(domains=["math"]), cascade) == {}
     cascade.equivalence_judge = None
     with pytest.raises(UserError, match=r"cascade one: key 'equivalence_judge' is missing; rows of evaluation\.files"):
         judges.for_evaluation(rows, cascade)

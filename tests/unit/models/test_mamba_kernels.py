@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nemo_cascade.models import nemotron_h
+from nemo_cascade.models import mixer_native, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer
 from nemo_cascade.models.packed import packed_row
@@ -24,7 +24,7 @@ OURS = "nemo_cascade.models.mamba_kernels"
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`models/mamba_kernels.py` as it is imported where mamba_ssm and causal_conv1d are installed."""
-    monkeypatch.setenv("NEMO_CASCADE_NATIVE", "0")  # the C mixer would take the place of both
+    monkeypatch.setattr(mixer_native, "library", lambda: None)  # the C mixer would take the place of both
     monkeypatch.syspath_prepend(str(STANDIN))
     yield importlib.import_module(OURS)
     for name in [name for name in sys.modules if name == OURS or name.split(".")[0] in ("mamba_ssm", "causal_conv1d")]:
