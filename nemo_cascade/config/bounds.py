@@ -5,7 +5,16 @@ A key that is still missing passes: OmegaConf builds defaults before it looks fo
 
 from __future__ import annotations
 
+import re
+from urllib.parse import unquote, urlsplit
+
 from nemo_cascade.types import UserError
+
+_SECRET = re.compile(
+    r"[^=]*(key|token|secret|passw|credential|signature|\bauth|\bsig\b|\bcode\b|\bpwd\b)[^=]*=."
+    r"|[^=]*=(bearer |sk-|hf_|nvapi-)",
+    re.IGNORECASE,
+)  # a pair of a query
 
 
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -42,6 +51,29 @@ def interval(low_key: str, low: float, high_key: str, high: float) -> None:
     """Refuse bounds that hold nothing between them."""
     at_least(low_key, low, 0.0)
     at_least(high_key, high, low)
+
+
+def no_secret(key: str, url: str, instead: str = "") -> None:
+    """Refuse an address that holds a password or a key, without repeating it: addresses are written to every
+    config.yaml and read aloud in errors. `instead` says where a key belongs.
+    """
+    found = "a user name or password before its @ (an @ of a path is written %40)" if "@" in url else ""
+    if any(_SECRET.match(unquote(pair)) for pair in re.split("[?#&;]", url)[1:]):
+        found = "a key in its query"
+    if found:
+        raise UserError(f"{key}: holds {found}, which would be written to every config.yaml; take it out{instead}")
+
+
+def web_address(key: str, url: str, instead: str = "") -> None:
+    """Refuse what is no http address, and one that holds a secret."""
+    no_secret(key, url, instead)
+    try:
+        parts = urlsplit(url.strip())
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        named = False
+    if not named:
+        raise UserError(f"{key}: must start with http:// or https:// and name a host, as in http://localhost:8000")
 
 
 def _absent(value: object) -> bool:

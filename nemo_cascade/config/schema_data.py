@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
-from nemo_cascade.config.bounds import above, at_least, choose, nucleus, share
+from nemo_cascade.config.bounds import above, at_least, choose, nucleus, share, web_address
 from nemo_cascade.types import UserError
 
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -107,11 +107,9 @@ class JudgeAddress:
             raise UserError(
                 f"{self.KEY}.url: {self.KEY}.serve is set too, and one judge answers; set one of them to null"
             )
-        if "@" in (self.url or "").partition("://")[2].partition("/")[0]:
-            raise UserError(
-                f"{self.KEY}.url: holds a user name or password, which would be written to every config.yaml; take it "
-                f"out and name an environment variable in {self.KEY}.api_key_env"
-            )
+        if self.url:
+            instead = f" and name an environment variable in {self.KEY}.api_key_env"
+            web_address(f"{self.KEY}.url", self.url, instead)
         if self.api_key_env is not None and not VARIABLE.fullmatch(self.api_key_env):
             raise UserError(  # the value is not repeated: it may be a key
                 f"{self.KEY}.api_key_env: is no name of an environment variable in capitals, such as JUDGE_API_KEY; "

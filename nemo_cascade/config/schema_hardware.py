@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from nemo_cascade.config.bounds import at_least, choose
+from nemo_cascade.config.bounds import at_least, choose, no_secret
 
 PRECISIONS = ("fp32", "bf16", "hopper_fp8", "blackwell_mxfp8", "hopper_fp8_emulated", "blackwell_mxfp8_emulated")
 
@@ -41,6 +41,7 @@ class HardwareConfig:
         at_least("hardware.fp8_bf16_layers", self.fp8_bf16_layers, 0)
         choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "allgather", "alltoall"))
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
+        no_secret("hardware.sampler_url", self.sampler_url or "")
         choose("hardware.refit", self.refit, ("memory", "files"))
         at_least("hardware.reward_workers", self.reward_workers, 1)
         at_least("hardware.device_memory_gib", self.device_memory_gib, 0.0)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from nemo_cascade import domains
+from nemo_cascade.config.bounds import web_address
 from nemo_cascade.data import rows, splits
 from nemo_cascade.data.gym_wire import row_of, task_of
 from nemo_cascade.domains import Services, SingleTurn, content_of, make_task
@@ -109,8 +110,8 @@ class NemoGym(SingleTurn):
         self.servers: dict[str, str] = {str(name): str(url) for name, url in servers.items()}
         addresses = {"url": str(self.options["url"]), **{f"servers.{name}": url for name, url in self.servers.items()}}
         for key, url in addresses.items():
-            if url and not url.startswith(("http://", "https://")):
-                raise UserError(f"data.options.nemo_gym.{key}: {url!r} must start with http:// or https://")
+            if url:
+                web_address(f"data.options.nemo_gym.{key}", url)
         self.nano = not self.options["url"] and not self.servers
         if self.options["serves"] not in domains.available():
             known = ", ".join(domains.available())

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
+from nemo_cascade.config.bounds import web_address
 from nemo_cascade.config.schema_data import JudgeAddress
 from nemo_cascade.reward.patience import Health, given_up, pause_after, retry_after
 from nemo_cascade.reward.verdicts import Verdict, Verdicts, question_key
-from nemo_cascade.types import Invalid, Json, Outcome, Scored, UserError
+from nemo_cascade.types import Invalid, Json, Outcome, Scored
 
 log = logging.getLogger(__name__)
 ChatMessage = Mapping[str, str]
@@ -32,13 +33,8 @@ def chat_endpoint(url: str) -> str:
     """Where questions go, from an OpenAI-compatible server's address: with or without `/v1`, with a version elsewhere
     in its path (`/v1beta/openai`), or the endpoint itself.
     """
-    try:
-        parts = urlsplit(url.strip())
-        named = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        named = False
-    if not named:
-        raise UserError(f"judge url {url!r} must start with http:// or https://, as in http://localhost:8000/v1")
+    web_address("judge url", url)
+    parts = urlsplit(url.strip())
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         versioned = any(_VERSION.fullmatch(piece) for piece in path.split("/"))

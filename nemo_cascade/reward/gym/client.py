@@ -22,9 +22,10 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TypeVar
 from urllib.parse import quote
 
+from nemo_cascade.config.bounds import web_address
 from nemo_cascade.data.gym_wire import response_of
 from nemo_cascade.reward.patience import Health, pause_after, retry_after
-from nemo_cascade.types import Invalid, Json, Outcome, Scored, Transcript, UserError
+from nemo_cascade.types import Invalid, Json, Outcome, Scored, Transcript
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ class GymClient:
     def __init__(self, url: str, timeout_s: float = 300.0, retries: int = 4) -> None:
         import httpx  # takes longer to import than the rest of the package together
 
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"NeMo-Gym server {url!r} must start with http:// or https://, as in http://localhost:8000")
+        web_address("address of a NeMo-Gym server", url)
         self.url, self.timeout_s, self.retries = url.rstrip("/"), timeout_s, retries
         self.health = Health(timeout_s)
         no_jar = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # cookies belong to sessions, not to the client

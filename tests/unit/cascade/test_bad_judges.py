@@ -20,6 +20,7 @@ from nemo_cascade.config.load import load_cascade
 from nemo_cascade.config.schema import EvaluationConfig, StageRun
 from nemo_cascade.config.stage_run import read_stage_run, write_stage_run
 from nemo_cascade.learner.ranks import Place
+from nemo_cascade.reward.judge import Judge
 from nemo_cascade.rollout.collect import Collected, Collector
 from nemo_cascade.types import Invalid, Scored, Task, UserError
 from tests.unit.reward.judging import JudgeServer
@@ -157,9 +158,23 @@ def test_a_key_that_is_missing_or_misplaced(tmp_path: Path, monkeypatch: pytest.
             plan(tmp_path, block("http://j:1", api_key_env=f"'{key}'"))
         assert "is no name of an environment variable in capitals" in str(caught.value)
         assert key not in str(caught.value)
-    with pytest.raises(UserError) as caught:
-        plan(tmp_path, "judge: {url: 'http://me:hidden@j:1/v1'}")
-    assert "judge.url: holds a user name or password" in str(caught.value) and "hidden" not in str(caught.value)
+    for url, why in (
+        ("http://me:hidden@j:1/v1", "holds a user name or password"),
+        ("http://me:hid/hidden@j:1/v1", "holds a user name or password"),
+        ("me:hidden@j/v1", "holds a user name or password"),
+        ("http://j/v1?api_key=hidden", "holds a key in its query"),
+        ("http://j/v1?api-version=1&api%5Fkey=hidden", "holds a key in its query"),
+        ("http://j/v1?access_token=hidden", "holds a key in its query"),
+        ("http://j/v1#sig=hidden", "holds a key in its query"),
+        ("http://me:hidden/v1", "must start with http:// or https:// and name a host"),
+        ("hidden/v1", "must start with http:// or https:// and name a host"),
+    ):
+        with pytest.raises(UserError, match=f"judge.url: {why}") as caught:
+            plan(tmp_path, f"judge: {{url: '{url}'}}")
+        with pytest.raises(UserError, match=f"judge url: {why}") as asked:
+            Judge(url, "m")
+        assert "hidden" not in str(caught.value) + str(asked.value)
+    assert plan(tmp_path, "judge: {url: 'https://j/deployments/m?api-version=2024-02-15&region=eu'}").stages["rl"]
     monkeypatch.setenv("JUDGE_KEY", "two words")
     assert missing not in list(checks.missing_programs(found.stages.values()))
     with pytest.raises(UserError, match="holds a space") as caught:

@@ -295,8 +295,9 @@ def test_servers_by_agent_and_rows_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:1"}, "nemo_gym.url: 'localhost:1' must start with http"),
-        ({"servers": {"a": "b"}}, "nemo_gym.servers.a: 'b' must start with http"),
+        ({"url": "localhost:1"}, "nemo_gym.url: must start with http"),
+        ({"servers": {"a": "b"}}, "nemo_gym.servers.a: must start with http"),
+        ({"url": "http://me:hidden@h"}, "nemo_gym.url: holds a user name or password(?!.*hidden)"),
         ({"servers": ["a"]}, "servers: must map"),
         ({"serves": "mcq"}, "serves: no domain 'mcq'"),
         ({"urls": "x"}, "did you mean 'url'"),
