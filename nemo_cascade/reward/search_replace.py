@@ -1,7 +1,9 @@
 """Edits that a model writes: SEARCH/REPLACE blocks and unified diffs, applied to files in memory.
 
 Exact or not at all: a block must match whole lines, once. Nothing is guessed, for a reward that forgives is a reward
-that teaches carelessness.
+that teaches carelessness. Lines end at a line feed and nowhere else, as git has it: a form feed or a U+2028 is part of
+its line. A carriage return before the line feed is how a file ends its lines, not what a model writes in them: lines
+are also found without it, and what takes their place ends as the file's lines do.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def parse_edits(text: str) -> list[Edit]:
     path, section = "", ""
     search: list[str] = []
     replace: list[str] = []
-    for line in solution_part(text).splitlines():
+    for line in map(_bare, solution_part(text).split("\n")):
         marker = line.rstrip()
         if section == "" and marker == SEARCH:
             if not path:
@@ -100,8 +102,7 @@ def apply_edits(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, st
             continue
         lines = patched[edit.path].split("\n")
         at = _only_place(lines, edit.search, edit.path)
-        lines[at : at + len(edit.search)] = edit.replace
-        patched[edit.path] = "\n".join(lines)
+        patched[edit.path] = "\n".join(_replaced(lines, at, edit.search, edit.replace))
     return patched
 
 
@@ -112,6 +113,10 @@ def _check_path(path: str) -> None:
         raise BadEdit(f"path {path[:100]!r} is outside the repository's files")
 
 
+def _bare(line: str) -> str:
+    return line.removesuffix("\r")
+
+
 def _places(lines: Sequence[str], wanted: Sequence[str]) -> list[int]:
     first, size = wanted[0], len(wanted)
     return [at for at, line in enumerate(lines) if line == first and list(lines[at : at + size]) == list(wanted)]
@@ -119,14 +124,42 @@ def _places(lines: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 def _only_place(lines: Sequence[str], wanted: Sequence[str], path: str) -> int:
     places = _places(lines, wanted)
+    if not places:
+        places = _places([*map(_bare, lines)], [*map(_bare, wanted)])
     if len(places) != 1:
         raise BadEdit(f"{path}: the SEARCH lines occur {len(places)} times, not once")
     return places[0]
 
 
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many lines at the start are the same."""
+    differ = (at for at, (line, its) in enumerate(zip(one, other, strict=False)) if line != its)
+    return next(differ, min(len(one), len(other)))
+
+
+def _replaced(lines: list[str], at: int, before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """All lines with `after` in the place of `before`, ended as the file ends its lines. Those at the start and the end
+    of both stay as they are, for a file may end its lines in two ways.
+    """
+    old, new = [*map(_bare, before)], [*map(_bare, after)]
+    head = _common(old, new)
+    tail = _common(old[head:][::-1], new[head:][::-1])
+    start, end = at + head, at + len(old) - tail
+    ended = lines[:-1]  # the last has no line feed behind it
+    returns = 2 * sum(line.endswith("\r") for line in ended) > len(ended)
+    written = [line + "\r" * returns for line in new[head : len(new) - tail]]
+    found = [*lines[:start], *written, *lines[end:]]
+    if returns and end == len(lines) and found:
+        found[-1] = _bare(found[-1])
+    return found
+
+
 def parse_diff(text: str) -> PatchSet:
     """A unified diff, in a code fence or bare; BadEdit when it has no hunk or wrong line counts."""
-    lines = [line for line in solution_part(text).strip("\n").splitlines() if not line.startswith("```")]
+    lines = solution_part(text).strip("\n").split("\n")
+    if len(lines) > 1 and all(line.endswith("\r") for line in lines[:-1]):  # of the answer; git's headers have none
+        lines = [*map(_bare, lines)]
+    lines = [line for line in lines if not line.startswith("```")]
     try:
         patch = PatchSet("\n".join(lines) + "\n")
     except (UnidiffParseError, ValueError) as error:  # ValueError: a line number of thousands of digits
@@ -165,12 +198,16 @@ def _apply_hunks(content: str, file: PatchedFile) -> str:
     for hunk in file:
         before = [line.value.rstrip("\n") for line in hunk if line.is_context or line.is_removed]
         after = [line.value.rstrip("\n") for line in hunk if line.is_context or line.is_added]
-        stated = hunk.source_start - 1 + shift if before else hunk.source_start + shift
-        if lines[stated : stated + len(before)] != before:
-            if not before:
-                raise BadEdit(f"{file.path}: a hunk without context outside the file")
-            stated = _only_place(lines, before, file.path)
-        lines[stated : stated + len(before)] = after
+        at = hunk.source_start - 1 + shift if before else hunk.source_start + shift
+        size = len(before)
+        if lines[at : at + size] != before:
+            bare = [*map(_bare, before)]
+            if _places(lines, before) or [*map(_bare, lines[at : at + size])] != bare:
+                at = _only_place(lines, before, file.path)
+        if before and lines[at : at + size] == before:
+            lines[at : at + size] = after  # the diff knows how these lines end
+        else:
+            lines = _replaced(lines, at, before, after)
         shift += len(after) - len(before)
     return "\n".join(lines)
 
