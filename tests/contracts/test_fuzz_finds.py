@@ -172,10 +172,10 @@ def _columns(count: int) -> str:
 
 
 def _refused_edit() -> str:
-    flood = "xy\n" * 20_000
+    flood = "\n" * 80_000
     made = f"### n.py\n<<<<<<< SEARCH\n=======\n{flood}>>>>>>> REPLACE\n"
     with pytest.raises(BadEdit) as error:
-        apply_edits({}, parse_edits(f"{made}<<<<<<< SEARCH\n{flood[:30_000]}z\n=======\n>>>>>>> REPLACE\n"))
+        apply_edits({}, parse_edits(f"{made}<<<<<<< SEARCH\n{flood[:45_000]}z\n=======\n>>>>>>> REPLACE\n"))
     return str(error.value)
 
 
@@ -218,7 +218,7 @@ SLOW: dict[str, tuple[Callable[[], object], str]] = {
     "sixty thousand dots and quotes": (
         lambda: str(instructions.check(*SENTENCES, "", ".'" * 30_000 + "x")), "True"
     ),
-    "ten thousand SEARCH lines in a file of twenty thousand, all alike": (
+    "forty thousand SEARCH lines in a file of eighty thousand, all alike": (
         _refused_edit, "n.py: the SEARCH lines occur 0 times, not once"
     ),
     "thirty thousand results that no test is named in": (
