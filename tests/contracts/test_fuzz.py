@@ -1,4 +1,4 @@
-"""Every parser of `tools/fuzz/parsers.py` takes any text within its time and without an escaping exception.
+"""Every parser of the catalogue in `tools/fuzz` takes any text within its time and without an escaping exception.
 
 A few hundred inputs each; `python -m tools.fuzz` tries 100,000 and docs/fuzzing.md has what came of it. Whoever adds a
 domain, a reward module or an instruction adds its parser to the catalogue: a test here fails until then.
