@@ -7,6 +7,7 @@ repository of their own.
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,12 +28,12 @@ def folder_of(truth: Mapping[str, Json], repositories: str) -> Path | None:
         return Path(str(truth["repo_path"]))
     names = [str(truth[key]).replace("/", "__") for key in ("instance_id", "repo")]
     found = [Path(repositories, name) for name in names if repositories and name not in ("", ".", "..")]
-    return next((folder for folder in found if folder.is_dir()), None)
+    return next((folder for folder in found if os.path.isdir(folder)), None)  # False for a name no file system holds
 
 
 def checkout(folder: Path, commit: str) -> Mapping[str, File]:
     """The files at a commit; UserError when folder or commit are not there."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"repo_path: no folder {folder}; clone the repository there, or drop the row")
     return _checkout(str(folder.absolute()), commit)
 
