@@ -1,11 +1,11 @@
 """Runs inside the sandbox: forks one limited process per request and reports what became of it.
 
-This file is compiled and bound into bubblewrap with `wire.py` alone, so it imports nothing else of the package and only
-modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a
-frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory file and two
-pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its children are
-not, so none can be traced or read by another; they can only be killed, which the host sees as end of file and counts
-against the submission.
+This file is compiled and bound into bubblewrap with `wire.py` and `confine.py` alone, so it imports nothing else of the
+package and only modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin
+and stdout: a frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory
+file and two pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its
+children are not, so none can be traced or read by another; they can only be killed, which the host sees as end of file
+and counts against the submission.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import struct
 import sys
 import time
 
+from nemo_cascade.reward import confine
 from nemo_cascade.reward.wire import decode, encode, to_json
 
 WORK = "/tmp/work"
@@ -29,7 +30,6 @@ MAX_FRAME = 1 << 30
 STDERR_BYTES = 16384
 RESULT_BYTES = 1 << 20
 RESULT_FD = 3
-PR_SET_DUMPABLE = 4
 SIGKILL = 9
 CPU_CLOCK = 2  # CPUCLOCK_SCHED: the kernel's exact CPU time of a whole process
 
@@ -48,32 +48,6 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _become(uid: int) -> None:
-    """Give up root for good, and shut the door on tracing by children of the same uid."""
-    if uid >= 0:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)  # the kernel clears "dumpable" here
-    else:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-KINDS = (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE)
-HARD: dict[int, int] = {}  # the limits that this sandbox was started under: children can only go below
-
-
-def _set_limits(limits: list[bytes]) -> None:
-    cpu, _, memory, processes, _, file_bytes = (float(limit) for limit in limits)
-    backstop = 2 - int(-cpu // 1)  # whole ticks, counted up to 5 % early: for the children that _watch does not see
-    allowed = int(processes) + 3  # this server and, for a normal user, bubblewrap count too
-    for kind, value in zip(KINDS, (backstop, int(memory), allowed, int(file_bytes)), strict=True):
-        hard = HARD[kind]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
 
 
 def _call(module: dict[str, object], name: str, arguments: bytes) -> bytes:
@@ -139,7 +113,8 @@ def _child(kind: bytes, payload: list[bytes], fds: tuple[int, ...], limits: list
         for target, fd in enumerate(fds):  # sources lie above 10
             os.dup2(fd, target)
         os.closerange(len(fds), 256)
-        _set_limits(limits)
+        confine.set_limits(limits)
+        confine.refuse_calls()
         gc.enable()
         done = _execute(kind, payload)
         _finish()
@@ -211,9 +186,11 @@ def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) ->
 
 
 def _given(stdin: bytes) -> int:
-    given = os.memfd_create("stdin")
+    """Standard input: a file in memory, so that programs can ask for its size, and one that cannot grow."""
+    given = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     _write_all(given, stdin)
     os.lseek(given, 0, os.SEEK_SET)
+    fcntl.fcntl(given, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return given
 
 
@@ -372,12 +349,13 @@ def _answer(fields: list[bytes]) -> list[bytes]:
 def main() -> None:
     """Serve until the host closes the pipe."""
     del sys.path[0]  # this folder, which programs do not need
-    _become(int(sys.argv[1]))
+    confine.keep_filter(bytes.fromhex(sys.argv[1]))
+    confine.become(int(sys.argv[2]))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 256 if files == resource.RLIM_INFINITY else min(256, files)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    HARD.update((kind, resource.getrlimit(kind)[1]) for kind in KINDS)
+    confine.HARD.update((kind, resource.getrlimit(kind)[1]) for kind in confine.KINDS)
     os.mkdir(WORK)
     os.chdir(WORK)
     gc.disable()  # no collection here touches the pages that children share

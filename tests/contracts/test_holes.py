@@ -20,7 +20,7 @@ from nemo_cascade.cascade.attacks import Attack, Held, Target, assault, survivor
 from nemo_cascade.cascade.attacks.battery import battery
 from nemo_cascade.cascade.attacks.forbidden import ATTEMPTS
 from nemo_cascade.domains import Services
-from nemo_cascade.reward import bubblewrap, fork_server, system_calls, wire
+from nemo_cascade.reward import bubblewrap, fork_server, system_calls
 
 NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
 KILLS_ALL = "        os.kill(-1, SIGKILL)\n"
@@ -33,6 +33,7 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
     """A function that gives services whose sandboxes lack something."""
     opened: list[Services] = []
     real, real_uid, real_filter = bubblewrap.command, bubblewrap.sandbox_uid, system_calls.filter_program
+    real_child = system_calls.child_program
 
     def weakened(
         without: Sequence[str] = (),
@@ -40,6 +41,7 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         server: Mapping[str, str] = {},
         uid: int | None = None,
         calls: bool = True,
+        child_calls: bool = True,
     ) -> Services:
         source = Path(fork_server.__file__).read_text(encoding="utf-8")
         for old, new in server.items():
@@ -61,7 +63,8 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         folder = tempfile.TemporaryDirectory(prefix="weakened-", dir="/tmp")
         place = Path(folder.name, "server")
         (tmp_path / "fork_server.py").write_text(source, encoding="utf-8")
-        for given, name in ((tmp_path / "fork_server.py", "fork_server.pyc"), (Path(wire.__file__), WIRE)):
+        beside = [(Path(module.__file__), bubblewrap.compiled_name(module)) for module in bubblewrap.INSIDE]
+        for given, name in ((tmp_path / "fork_server.py", "fork_server.pyc"), *beside):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             py_compile.compile(str(given), cfile=str(place / name), doraise=True)
             (place / name).chmod(0o644)
@@ -71,15 +74,13 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         monkeypatch.setattr(bubblewrap, "command", command)
         monkeypatch.setattr(bubblewrap, "sandbox_uid", real_uid if uid is None else lambda: uid)
         monkeypatch.setattr(system_calls, "filter_program", real_filter if calls else lambda: b"")
+        monkeypatch.setattr(system_calls, "child_program", real_child if calls and child_calls else lambda: b"")
         opened.append(Services())
         return opened[-1]
 
     yield weakened
     for services in opened:
         services.close()
-
-
-WIRE = f"{wire.__name__.replace('.', '/')}.pyc"
 
 
 def attack_on(services: Services, name: str) -> Attack:
@@ -118,8 +119,10 @@ def test_with_a_folder_to_write(weaken: Weaken, tmp_path: Path) -> None:
 
 
 def test_without_memory_of_its_own(weaken: Weaken) -> None:
-    services = weaken(without=["--unshare-ipc"])
+    services = weaken(without=["--unshare-ipc"], calls=False)
     assert held(services, "attaches to memory that the host shares").breach.startswith("earned 1")
+    services = weaken(without=["--unshare-ipc"])
+    assert held(services, "attaches to memory that the host shares").breach == ""  # the filter alone
 
 
 def test_with_the_processes_of_the_host(weaken: Weaken) -> None:
@@ -151,10 +154,22 @@ def test_without_the_filter_of_system_calls(weaken: Weaken) -> None:
     services = weaken(calls=False)
     for name in (
         "makes a user namespace", "makes a user namespace for a child", "mounts a file system without a size",
-        "changes the root folder",
+        "changes the root folder", "makes a segment of memory that outlives it", "enlarges the buffers of a socket",
+        "makes a file in memory without a size",
     ):  # fmt: skip
         expected = "" if name == "changes the root folder" else "earned 1"
         assert held(services, name).breach[: len("earned 1")] == expected, name
+
+
+def test_without_the_filter_of_each_process(weaken: Weaken) -> None:
+    services = weaken(child_calls=False)
+    assert held(services, "makes a file in memory without a size").breach.startswith("earned 1")
+    assert held(services, "makes a segment of memory that outlives it").breach == ""
+
+
+def test_with_a_standard_input_that_can_grow(weaken: Weaken) -> None:
+    services = weaken(server={"fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL": "fcntl.F_SEAL_SEAL"})
+    assert held(services, "enlarges its standard input").breach.startswith("earned 1")
 
 
 def test_without_an_end_for_what_stays(weaken: Weaken, monkeypatch: pytest.MonkeyPatch) -> None:
