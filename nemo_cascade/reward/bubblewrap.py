@@ -21,15 +21,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
-from nemo_cascade.reward import confine, fork_server, system_calls, wire
+from nemo_cascade.reward import fork_server, system_calls, wire
 from nemo_cascade.types import UserError
 
 log = logging.getLogger(__name__)
 Mode = Literal["root", "user"]
-INSIDE = (wire, confine)  # of the package; the fork server imports these
 INSTALL = "apt-get install -y bubblewrap"
 MAX_ANSWER = 64 << 20
 NO_USER = -1
@@ -77,11 +75,6 @@ def _server_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="nemo-cascade-sandbox-")  # goes when the process ends
 
 
-def compiled_name(module: ModuleType) -> str:
-    """Where the fork server finds a module of this package, as bytecode, under its own folder."""
-    return f"{module.__name__.replace('.', '/')}.pyc"
-
-
 def _compiled_server() -> Path:
     """A folder with the fork server as bytecode: compiling it in each sandbox would cost as much as the fork it saves.
 
@@ -89,8 +82,8 @@ def _compiled_server() -> Path:
     exits normally takes the temporary folder along.
     """
     folder = Path(_server_folder().name, "server")
-    for module in (fork_server, *INSIDE):
-        target = folder / ("fork_server.pyc" if module is fork_server else compiled_name(module))
+    for module, name in ((fork_server, "fork_server.pyc"), (wire, f"{wire.__name__.replace('.', '/')}.pyc")):
+        target = folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             py_compile.compile(str(Path(module.__file__)), cfile=str(target), doraise=True)
@@ -121,14 +114,15 @@ def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]
     for path in read_only:
         arguments += [*_readable_parents(path), "--ro-bind", str(path), str(path)]
     arguments += ["--dev", "/dev"]
-    for folder, megabytes in (("/tmp", scratch_mb), ("/dev/shm", min(SHARED_MB, scratch_mb))):
+    sizes = {"/tmp": scratch_mb, "/dev/shm": min(SHARED_MB, scratch_mb), fork_server.GIVEN: max(SHARED_MB, scratch_mb)}
+    for folder, megabytes in sizes.items():
         arguments += ["--perms", "1777", "--size", str(megabytes << 20), "--tmpfs", folder]
     arguments += ["--remount-ro", "/dev"]  # which has no size, and belongs to a normal user
     for name, value in (("PATH", "/run/bin:/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8")):
         arguments += ["--setenv", name, value]
     arguments += ["--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONDONTWRITEBYTECODE", "1"]
     arguments += ["--remount-ro", "/", "--chdir", "/tmp", str(_python()), "-s", "-S", "/run/server/fork_server.pyc"]
-    return [*arguments, system_calls.child_program().hex(), str(sandbox_uid() if mode == "root" else NO_USER)]
+    return [*arguments, str(sandbox_uid() if mode == "root" else NO_USER)]
 
 
 @functools.cache
@@ -148,7 +142,6 @@ def launch_mode() -> Mode:
         server = Server(16, (), mode)
         try:
             server.wait_ready(30.0)
-            server.try_process(30.0)
             return mode
         except (EOFError, TimeoutError) as error:
             complaints.append(server.complaint() or str(error))
@@ -211,13 +204,6 @@ class Server:
         """Block until the fork server has dropped its privileges and made its work folder."""
         if self._receive(time.monotonic() + seconds) != [b"ready"]:
             raise EOFError("the fork server said something else than ready")
-
-    def try_process(self, seconds: float) -> None:
-        """Run an empty program, limited and filtered as untrusted ones are; EOFError with its complaint if it fails."""
-        limits = [b"5", repr(seconds).encode(), str(1 << 30).encode(), b"4", b"4096", b"65536"]
-        answer = self.ask([b"run", b"source", *limits, b"", b""], seconds)
-        if answer[0] != b"ok":
-            raise EOFError(answer[4].decode("utf-8", "replace").rstrip().rpartition("\n")[2])
 
     def ask(self, fields: list[bytes], seconds: float) -> list[bytes]:
         """One request and its answer; EOFError when the sandbox died, TimeoutError after `seconds`."""

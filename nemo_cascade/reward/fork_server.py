@@ -1,11 +1,11 @@
 """Runs inside the sandbox: forks one limited process per request and reports what became of it.
 
-This file is compiled and bound into bubblewrap with `wire.py` and `confine.py` alone, so it imports nothing else of the
-package and only modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin
-and stdout: a frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory
-file and two pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its
-children are not, so none can be traced or read by another; they can only be killed, which the host sees as end of file
-and counts against the submission.
+This file is compiled and bound into bubblewrap with `wire.py` alone, so it imports nothing else of the package and only
+modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a
+frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a nameless file and two
+pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its children are
+not, so none can be traced or read by another; they can only be killed, which the host sees as end of file and counts
+against the submission.
 """
 
 from __future__ import annotations
@@ -20,34 +20,45 @@ import struct
 import sys
 import time
 
-from nemo_cascade.reward import confine
-from nemo_cascade.reward.wire import decode, encode, to_json
+from nemo_cascade.reward.wire import decode, encode, read_exact, to_json, write_all
 
 WORK = "/tmp/work"
-SCRATCH = {WORK: [], "/tmp": ["work"], "/dev/shm": []}  # where a program can write, and what stays there
+GIVEN = "/run/given"  # where standard inputs are
+SCRATCH = {WORK: [], "/tmp": ["work"], "/dev/shm": [], GIVEN: []}  # where a program can write, and what stays there
 SYMLINK_MODE = 0o120000
 MAX_FRAME = 1 << 30
 STDERR_BYTES = 16384
 RESULT_BYTES = 1 << 20
 RESULT_FD = 3
+PR_SET_DUMPABLE = 4
 SIGKILL = 9
 CPU_CLOCK = 2  # CPUCLOCK_SCHED: the kernel's exact CPU time of a whole process
 
 
-def _read_exact(fd: int, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(fd, min(size - len(data), 1 << 20))
-        if not chunk:
-            raise EOFError
-        data += chunk
-    return bytes(data)
+def _become(uid: int) -> None:
+    """Give up root for good, and shut the door on tracing by children of the same uid."""
+    if uid >= 0:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)  # the kernel clears "dumpable" here
+    else:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+KINDS = (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE)
+HARD: dict[int, int] = {}  # the limits that this sandbox was started under: children can only go below
+
+
+def _set_limits(limits: list[bytes]) -> None:
+    cpu, _, memory, processes, _, file_bytes = (float(limit) for limit in limits)
+    backstop = 2 - int(-cpu // 1)  # whole ticks, counted up to 5 % early: for the children that _watch does not see
+    allowed = int(processes) + 3  # this server and, for a normal user, bubblewrap count too
+    for kind, value in zip(KINDS, (backstop, int(memory), allowed, int(file_bytes)), strict=True):
+        hard = HARD[kind]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
 
 
 def _call(module: dict[str, object], name: str, arguments: bytes) -> bytes:
@@ -93,7 +104,7 @@ def _execute(kind: bytes, payload: list[bytes]) -> int:
     code = _compiled.get(payload[0]) or compile(payload[0].decode("utf-8"), "solution.py", "exec")
     exec(code, module.__dict__)  # noqa: S102 - running it is this program's purpose
     if kind == b"call":
-        _write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2]))
+        write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2]))
     return 0
 
 
@@ -113,8 +124,7 @@ def _child(kind: bytes, payload: list[bytes], fds: tuple[int, ...], limits: list
         for target, fd in enumerate(fds):  # sources lie above 10
             os.dup2(fd, target)
         os.closerange(len(fds), 256)
-        confine.set_limits(limits)
-        confine.refuse_calls()
+        _set_limits(limits)
         gc.enable()
         done = _execute(kind, payload)
         _finish()
@@ -185,12 +195,24 @@ def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) ->
     return [status, str(code).encode(), repr(cpu).encode(), *outputs]
 
 
+def _nameless(content: bytes) -> int:
+    fd = os.open(GIVEN, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _given(stdin: bytes) -> int:
-    """Standard input: a file in memory, so that programs can ask for its size, and one that cannot grow."""
-    given = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    _write_all(given, stdin)
+    """Standard input: a file, whose size programs may ask for, on a disk of fixed size. What fills that makes room."""
+    try:
+        given = _nameless(stdin)
+    except OSError:
+        _clear(GIVEN)
+        given = _nameless(stdin)
     os.lseek(given, 0, os.SEEK_SET)
-    fcntl.fcntl(given, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return given
 
 
@@ -291,7 +313,7 @@ def _write_each(fields: list[bytes]) -> None:
             os.symlink(fields[at + 2], os.fsencode(path))
             continue
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & 0o777)
-        _write_all(fd, fields[at + 2])
+        write_all(fd, fields[at + 2])
         os.close(fd)
 
 
@@ -349,13 +371,12 @@ def _answer(fields: list[bytes]) -> list[bytes]:
 def main() -> None:
     """Serve until the host closes the pipe."""
     del sys.path[0]  # this folder, which programs do not need
-    confine.keep_filter(bytes.fromhex(sys.argv[1]))
-    confine.become(int(sys.argv[2]))
+    _become(int(sys.argv[1]))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 256 if files == resource.RLIM_INFINITY else min(256, files)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    confine.HARD.update((kind, resource.getrlimit(kind)[1]) for kind in confine.KINDS)
+    HARD.update((kind, resource.getrlimit(kind)[1]) for kind in KINDS)
     os.mkdir(WORK)
     os.chdir(WORK)
     gc.disable()  # no collection here touches the pages that children share
@@ -363,13 +384,13 @@ def main() -> None:
     requests, answers = _reserve()  # and the children's outputs, opened once for all of them
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-    _write_all(answers, encode([b"ready"]))
+    write_all(answers, encode([b"ready"]))
     try:
         while True:
-            (size,) = struct.unpack("!I", _read_exact(requests, 4))
+            (size,) = struct.unpack("!I", read_exact(requests, 4))
             if size > MAX_FRAME:
                 return
-            _write_all(answers, encode(_answer(decode(_read_exact(requests, size)))))
+            write_all(answers, encode(_answer(decode(read_exact(requests, size)))))
     except EOFError:
         return
 

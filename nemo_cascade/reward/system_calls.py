@@ -5,9 +5,6 @@ the machine's memory past every limit of the sandbox. Then memory that is in no 
 of a process sees it, and that outlives what made it: segments and queues of System V, message queues, files in memory,
 pages given to a pipe, large buffers of sockets. Then what traces or reads other processes, loads code into the kernel,
 or has been a way into it more often than it was of use (io_uring, userfaultfd, keys, BPF, rare kinds of sockets).
-
-Files in memory the fork server makes itself, for standard input. So a second, short filter refuses them, which each
-process installs before it runs untrusted code (`confine.py`).
 """
 
 from __future__ import annotations
@@ -36,29 +33,28 @@ class Machine(NamedTuple):
     clone: int
     socket: int
     setsockopt: int
-    memfd_create: int
     absent: tuple[int, ...]
     refused: tuple[int, ...]
 
 
 MACHINES = {
     "x86_64": Machine(
-        0xC000003E, 56, 41, 54, 319,
-        (29, 30, 64, 68, 240, 278, 447),
+        0xC000003E, 56, 41, 54,
+        (29, 30, 64, 68, 240, 278, 319, 447),
         (101, 155, 161, 165, 166, 175, 246, 248, 249, 250, 272, 298, 308, 310, 311, 313, 320, 321, 323, 425,
          428, 429, 430, 432, 442),
     ),
     "aarch64": Machine(
-        0xC00000B7, 220, 198, 208, 279,
-        (194, 196, 190, 186, 180, 75, 447),
+        0xC00000B7, 220, 198, 208,
+        (194, 196, 190, 186, 180, 75, 279, 447),
         (39, 40, 41, 51, 97, 104, 105, 117, 217, 218, 219, 241, 268, 270, 271, 273, 280, 282, 294, 425,
          428, 429, 430, 432, 442),
     ),
 }  # fmt: skip
 """Absent ("no such call", for which callers have a fallback): shmget, shmat, semget, msgget, mq_open, vmsplice,
-memfd_secret. Refused: ptrace, pivot_root, chroot, mount, umount2, init_module, kexec_load, add_key, request_key,
-keyctl, unshare, perf_event_open, setns, process_vm_readv, process_vm_writev, finit_module, kexec_file_load, bpf,
-userfaultfd, io_uring_setup, open_tree, move_mount, fsopen, fsmount, mount_setattr."""
+memfd_create, memfd_secret. Refused: ptrace, pivot_root, chroot, mount, umount2, init_module, kexec_load, add_key,
+request_key, keyctl, unshare, perf_event_open, setns, process_vm_readv, process_vm_writev, finit_module,
+kexec_file_load, bpf, userfaultfd, io_uring_setup, open_tree, move_mount, fsopen, fsmount, mount_setattr."""
 
 
 def _instruction(code: int, value: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
@@ -106,12 +102,3 @@ def filter_program(machine: str = "") -> bytes:
     general = _if(EQUAL, SOL_SOCKET, _argument(2), *buffers, PASS)
     lines += _if(EQUAL, known.setsockopt, _argument(1), *general, PASS)
     return b"".join([*lines, PASS])
-
-
-@functools.cache
-def child_program(machine: str = "") -> bytes:
-    """The second filter, for processes with untrusted code: no files in memory. Empty where there is no first."""
-    known = MACHINES.get(machine or os.uname().machine)
-    if known is None:
-        return b""
-    return b"".join([*_start(known.architecture), *_if(EQUAL, known.memfd_create, _error(ENOSYS)), PASS])

@@ -20,7 +20,7 @@ from nemo_cascade.cascade.attacks import Attack, Held, Target, assault, survivor
 from nemo_cascade.cascade.attacks.battery import battery
 from nemo_cascade.cascade.attacks.forbidden import ATTEMPTS
 from nemo_cascade.domains import Services
-from nemo_cascade.reward import bubblewrap, fork_server, system_calls
+from nemo_cascade.reward import bubblewrap, fork_server, system_calls, wire
 
 NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
 KILLS_ALL = "        os.kill(-1, SIGKILL)\n"
@@ -33,7 +33,6 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
     """A function that gives services whose sandboxes lack something."""
     opened: list[Services] = []
     real, real_uid, real_filter = bubblewrap.command, bubblewrap.sandbox_uid, system_calls.filter_program
-    real_child = system_calls.child_program
 
     def weakened(
         without: Sequence[str] = (),
@@ -41,7 +40,6 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         server: Mapping[str, str] = {},
         uid: int | None = None,
         calls: bool = True,
-        child_calls: bool = True,
     ) -> Services:
         source = Path(fork_server.__file__).read_text(encoding="utf-8")
         for old, new in server.items():
@@ -63,8 +61,7 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         folder = tempfile.TemporaryDirectory(prefix="weakened-", dir="/tmp")
         place = Path(folder.name, "server")
         (tmp_path / "fork_server.py").write_text(source, encoding="utf-8")
-        beside = [(Path(module.__file__), bubblewrap.compiled_name(module)) for module in bubblewrap.INSIDE]
-        for given, name in ((tmp_path / "fork_server.py", "fork_server.pyc"), *beside):
+        for given, name in ((tmp_path / "fork_server.py", "fork_server.pyc"), (Path(wire.__file__), WIRE)):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             py_compile.compile(str(given), cfile=str(place / name), doraise=True)
             (place / name).chmod(0o644)
@@ -74,13 +71,15 @@ def weaken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weaken]:
         monkeypatch.setattr(bubblewrap, "command", command)
         monkeypatch.setattr(bubblewrap, "sandbox_uid", real_uid if uid is None else lambda: uid)
         monkeypatch.setattr(system_calls, "filter_program", real_filter if calls else lambda: b"")
-        monkeypatch.setattr(system_calls, "child_program", real_child if calls and child_calls else lambda: b"")
         opened.append(Services())
         return opened[-1]
 
     yield weakened
     for services in opened:
         services.close()
+
+
+WIRE = f"{wire.__name__.replace('.', '/')}.pyc"
 
 
 def attack_on(services: Services, name: str) -> Attack:
@@ -159,17 +158,6 @@ def test_without_the_filter_of_system_calls(weaken: Weaken) -> None:
     ):  # fmt: skip
         expected = "" if name == "changes the root folder" else "earned 1"
         assert held(services, name).breach[: len("earned 1")] == expected, name
-
-
-def test_without_the_filter_of_each_process(weaken: Weaken) -> None:
-    services = weaken(child_calls=False)
-    assert held(services, "makes a file in memory without a size").breach.startswith("earned 1")
-    assert held(services, "makes a segment of memory that outlives it").breach == ""
-
-
-def test_with_a_standard_input_that_can_grow(weaken: Weaken) -> None:
-    services = weaken(server={"fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL": "fcntl.F_SEAL_SEAL"})
-    assert held(services, "enlarges its standard input").breach.startswith("earned 1")
 
 
 def test_without_an_end_for_what_stays(weaken: Weaken, monkeypatch: pytest.MonkeyPatch) -> None:

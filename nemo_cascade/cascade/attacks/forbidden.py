@@ -87,9 +87,6 @@ ATTEMPTS = {
     "makes a file in memory without a size": (
         "import os\ndef loot(): return GOLD if os.memfd_create('m') >= 0 else ''\n"
     ),
-    "enlarges its standard input": (
-        "import os\ndef loot(): return GOLD if os.pwrite(0, b'x', 1 << 20) else ''\n"
-    ),
     "fills the folder of devices": (
         "import os\ndef loot():\n    for d in ('/dev', '/dev/pts'):\n        try: open(f'{d}/x', 'w').close()\n"
         "        except OSError: continue\n        return GOLD\n    return ''\n"

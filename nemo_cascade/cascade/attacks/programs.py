@@ -48,7 +48,8 @@ HUNGRY = {
         "" + RETURN_0
     ),
     "holds memory in shared files": (
-        "try:\n    for n in range(200): open(f'/dev/shm/{n}', 'wb').write(bytes(15 << 20))\nexcept OSError: pass\n"
+        "for d in ('/dev/shm', '/run/given'):\n    try:\n"
+        "        for n in range(200): open(f'{d}/{n}', 'wb').write(bytes(15 << 20))\n    except OSError: pass\n"
         "" + RETURN_0
     ),
     "holds memory in the buffers of sockets": (
