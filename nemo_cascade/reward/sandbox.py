@@ -7,12 +7,12 @@ read or imitate another.
 Covered: no network; only /usr and the interpreter are visible, read-only (no /etc, no home, no host files, no /proc
 for programs); empty environment; a uid of its own, no capabilities, no new privileges, no namespaces of its own making
 and no tracing (`system_calls.py`); limits on CPU time, address space per process, number of processes, file size,
-scratch space and output; a wall clock. What decides a reward is CPU time and memory, which a busy machine does not
-change; the wall clock only guards against hangs, and its status `wall_time` means "no verdict": callers return Invalid
-and may try again. Expected outputs and values never enter the
-sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged result line can pass a test. Test
-programs run in a process that the candidate, forked before it, can neither read nor speak for (`call_beside`). What a
-test left in a writable folder is gone before the next.
+scratch space and output, and no memory outside address spaces and scratch space but small buffers; a wall clock. What
+decides a reward is CPU time and memory, which a busy machine does not change; the wall clock only guards against hangs,
+and its status `wall_time` means "no verdict": callers return Invalid and may try again. Expected outputs and values
+never enter the sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged result line can
+pass a test. Test programs run in a process that the candidate, forked before it, can neither read nor speak for
+(`call_beside`). What a test left in a writable folder is gone before the next.
 
 Not covered: holes in the kernel itself (the filter of system calls is a short list), side channels, the sum of memory
 over the allowed processes (address space is bounded per process), load on the machine within the limits. Tests of a
