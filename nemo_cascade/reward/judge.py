@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 from nemo_cascade.config.schema_data import JudgeAddress
-from nemo_cascade.reward.patience import Health, pause_after, retry_after
+from nemo_cascade.reward.patience import Health, given_up, pause_after, retry_after
 from nemo_cascade.reward.verdicts import Verdict, Verdicts, question_key
 from nemo_cascade.types import Invalid, Json, Outcome, Scored, UserError
 
@@ -103,9 +103,9 @@ class Judge:
                 f"{self._where} is gone: it answered none of its last {self._health.failed} questions in "
                 f"{silent_s:.3g} s; it is asked again after {self.timeout_s:g} s"
             )
-        deadline, failures = time.monotonic() + self.timeout_s, 0
+        deadline, failures, tries = time.monotonic() + self.timeout_s, 0, 0
         while True:
-            asked_s = 0.0
+            asked_s, tries = 0.0, tries + 1
             try:
                 answer = self._once(body, deadline)
                 self._health.answered()
@@ -124,8 +124,12 @@ class Judge:
                 break
             log.warning("%s: %s; trying again, %.0f s left", self._where, problem, left)
             time.sleep(pause)
-        self._health.left_unanswered()
-        return Invalid(f"{self._where} gave no answer within {self.timeout_s:g} s: {problem}")
+        if asked_s:
+            self._health.answered()  # busy, and it says so: not gone
+        else:
+            self._health.left_unanswered()
+        why = given_up(tries, self.timeout_s - left, self.timeout_s, asked_s)
+        return Invalid(f"{self._where} {why}: {problem}")
 
     def decide(
         self, question: Mapping[str, Json], ask: Callable[[], Verdict | Invalid], patience_s: float

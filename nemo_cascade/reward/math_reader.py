@@ -118,7 +118,7 @@ class Reader:
 
     def _note(self, size: Size) -> Size:
         """Every intermediate result passes here."""
-        if max(size.digits, size.high) > MAX_DIGITS:
+        if max(size.above, size.below, size.high) > MAX_DIGITS:
             raise _TooLarge(f"a number of more than {MAX_DIGITS} digits")
         if max(size.top, 2 * size.bottom) > MAX_TERMS:
             self.dear = self.dear or f"more than {MAX_TERMS} terms when multiplied out"

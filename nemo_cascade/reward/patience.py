@@ -40,6 +40,18 @@ def retry_after(header: str | None) -> float:
     return min(max(seconds, 0.0), MOST_ASKED_SECONDS)
 
 
+def given_up(tries: int, spent_s: float, patience_s: float, asked_s: float = 0.0) -> str:
+    """Why a question stays without an answer after some tries: there was no time for the pause of `asked_s` that the
+    server wanted, none at all, or (with time left) no further try was allowed.
+    """
+    many = f"{tries} {'try' if tries == 1 else 'tries'}"
+    if asked_s:
+        return f"asks for a pause of {asked_s:.3g} s, {spent_s:.2g} s into the {patience_s:g} s of its question"
+    if spent_s >= patience_s:
+        return f"gave no answer within {patience_s:g} s, in {many}"
+    return f"gave no answer in {many} and {spent_s:.2g} s"
+
+
 class Health:
     """Whether a server still answers, from what all threads saw of it."""
 
@@ -61,7 +73,7 @@ class Health:
             return now - self._silent_since if now < self._asked_again_at else 0.0
 
     def answered(self) -> None:
-        """It said something, be it a refusal."""
+        """It said something, be it a refusal or for how long to leave it alone."""
         with self._lock:
             self.failed, self._silent_since, self._asked_again_at = 0, None, 0.0
 

@@ -25,7 +25,7 @@ from nemo_cascade.reward.judge import (
     grade_sameness,
     parse_equivalence,
 )
-from nemo_cascade.reward.patience import GONE_AFTER, pause_after, retry_after
+from nemo_cascade.reward.patience import GONE_AFTER, given_up, pause_after, retry_after
 from nemo_cascade.types import Invalid, Scored, UserError
 from tests.unit.reward.judging import JudgeServer
 
@@ -137,7 +137,31 @@ def test_a_rate_limit_is_waited_for_and_is_no_failure() -> None:
         started = time.monotonic()
         answer = judge.ask(ASK, 16)
         assert isinstance(answer, Invalid) and answer.reason.endswith("(Retry-After: 30)")
+        assert re.search(r"asks for a pause of 30 s, [\d.]+ s into the 20 s of its question: HTTP 503", answer.reason)
         assert (server.calls, time.monotonic() - started < 15) == (1, True)
+
+
+def test_a_judge_that_asks_for_more_patience_than_there_is_is_busy_and_not_gone() -> None:
+    busy_first = GONE_AFTER + 1
+    with (
+        JudgeServer(lambda _: "fine", status=429, headers={"Retry-After": "60"}, recover_after=busy_first) as server,
+        Judge(server.url, "nano", timeout_s=0.001, retries=3) as judge,
+    ):
+        judge.timeout_s = 10.0  # only its patience is short
+        busy = [judge.ask(ASK, 16) for _ in range(busy_first)]
+        assert all(isinstance(answer, Invalid) and "asks for a pause of 60 s" in answer.reason for answer in busy)
+        assert judge.ask(ASK, 16) == "fine"
+        assert server.calls == busy_first + 1
+
+
+def test_what_is_said_of_a_judge_that_was_tried_in_vain() -> None:
+    with JudgeServer(lambda _: "no", status=500) as server, Judge(server.url, "nano", 300.0, retries=1) as judge:
+        answer = judge.ask(ASK, 16)
+    assert isinstance(answer, Invalid)
+    found = re.search(r"gave no answer in 2 tries and ([\d.]+) s: HTTP 500", answer.reason)
+    assert found and 0.2 <= float(found[1]) < 60, answer.reason
+    assert given_up(1, 0.7, 0.5) == "gave no answer within 0.5 s, in 1 try"
+    assert given_up(3, 60.0, 60.0) == "gave no answer within 60 s, in 3 tries"
 
 
 @pytest.mark.parametrize(

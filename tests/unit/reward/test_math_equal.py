@@ -163,6 +163,28 @@ def test_large_numbers_are_compared_up_to_their_bound(grader: MathGrader) -> Non
         assert outcome.reward == reward, f"{expected[:20]} {answer[:20]}: {outcome.reason}"
 
 
+def test_the_bound_on_digits_holds_above_and_below_a_fraction_bar_each(grader: MathGrader) -> None:
+    """Together they may have twice as many: that costs no more than one integer of the length."""
+    for expected, answer, reward in (
+        (r"1-\frac{1}{2024!}", r"\frac{2024!-1}{2024!}", 1.0),
+        (r"1-\frac{1}{2024!}", r"\frac{2024!-2}{2024!}-1", 0.0),
+        (r"\binom{2024}{1012}", r"\frac{2024!}{1012!\cdot 1012!}", 1.0),
+        (r"\binom{2024}{1012}", r"\frac{2024!}{1012!\cdot 1011!}", 0.0),
+    ):
+        outcome = grader.equal(expected, answer)
+        assert isinstance(outcome, Scored)
+        assert outcome.reward == reward, f"{answer}: {outcome.reason}"
+    worker = grader._slots.queue[0]
+    large = r"\frac{7^{11800}}{3^{20900}}"  # 9,973 digits above and 9,972 below
+    for answer in (large, rf"\sin({large})", rf"\log({large})", rf"{large}x+\sin(x)", rf"\lfloor{large}\rfloor"):
+        outcome = grader.equal("42", answer)
+        assert isinstance(outcome, Scored)
+        assert outcome.reason == "not equal", answer
+    assert grader._slots.queue[0] is worker, "within the allowance"
+    for answer in (r"\frac{7^{12000}}{3}", r"\frac{7}{3^{21000}}", r"\frac{1}{9^{9^{9}}}", rf"{large}\cdot{large}"):
+        assert is_runaway(answer), answer
+
+
 def test_no_attack_of_the_battery_uses_up_a_worker(grader: MathGrader) -> None:
     """What the guard lets through is compared within the allowance: one answer costs nobody a new worker."""
     assert grader.equal("1/2", "0.5").reward == 1.0

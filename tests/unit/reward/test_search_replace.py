@@ -167,3 +167,78 @@ def test_similarity() -> None:
     size = len("--- a/calc.py\n+++ b/calc.py\n-    return a - b\n+    return a + b")
     assert similarity(FILES, near, gold) == pytest.approx(1 - 2 / (2 * size))
     assert 0 < similarity(FILES, far, gold) < similarity(FILES, near, gold)
+
+
+ODD = "a = 1\n\x0c\nb = '\u2028\x85\x0b\x1c'\nc = 3\n"
+CRLF = "a = 1\r\n\r\nb = 2\r\nc = 3\r\nlast"
+
+
+def _swap(path: str, *lines: tuple[str, str]) -> str:
+    old, new = zip(*lines, strict=True)
+    return render_edits([Edit(path, old, new)])
+
+
+def test_a_line_ends_at_a_line_feed_only() -> None:
+    """Form feeds, U+2028 and their like are letters of a line: in blocks, in diffs, and in what patches are compared
+    by."""
+    line = "b = '\u2028\x85\x0b\x1c'"
+    wanted = {"a.py": ODD.replace("c = 3", "c = 4")}
+    said = _swap("a.py", ("\x0c", "\x0c"), (line, line), ("c = 3", "c = 4"))
+    assert apply_edits({"a.py": ODD}, parse_edits(said)) == wanted
+    assert apply_diff({"a.py": ODD}, parse_diff(unified_diff({"a.py": ODD}, wanted))) == wanted
+    assert similarity({"a.py": ODD}, apply_edits({"a.py": ODD}, parse_edits(said)), wanted) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "block", "wanted"),
+    [
+        (CRLF, ("b = 2",), "a = 1\r\n\r\nnew\r\nmore\r\nc = 3\r\nlast"),
+        (CRLF, ("", "b = 2"), "a = 1\r\nnew\r\nmore\r\nc = 3\r\nlast"),
+        (CRLF, ("c = 3", "last"), "a = 1\r\n\r\nb = 2\r\nnew\r\nmore"),
+        (CRLF, ("last",), "a = 1\r\n\r\nb = 2\r\nc = 3\r\nnew\r\nmore"),
+        ("a\r\nb\nc\n", ("a",), "new\nmore\nb\nc\n"),
+        ("a\nb\nc\n", ("a",), "new\nmore\nb\nc\n"),
+    ],
+)
+def test_a_file_keeps_its_line_ends(file: str, block: tuple[str, ...], wanted: str) -> None:
+    said = render_edits([Edit("a.py", block, ("new", "more"))])
+    for answer in (said, said.replace("\n", "\r\n"), f"<solution>\r\n{said}\r\n</solution>".replace("\n", "\r\n")):
+        assert apply_edits({"a.py": file}, parse_edits(answer)) == {"a.py": wanted}
+
+
+def test_lines_that_stay_keep_their_own_ends() -> None:
+    said = _swap("a.py", ("a", "a"), ("b", "B"), ("c", "c"))
+    assert apply_edits({"a.py": "a\r\nb\r\nc\nd\r\n"}, parse_edits(said)) == {"a.py": "a\r\nB\r\nc\nd\r\n"}
+    gone = parse_edits(render_edits([Edit("a.py", ("last",), ())]))
+    assert apply_edits({"a.py": "a\r\nlast"}, gone) == {"a.py": "a"}
+    with pytest.raises(BadEdit, match="occur 2 times"):
+        apply_edits({"a.py": "a\r\nx\r\na\r\n"}, parse_edits(_swap("a.py", ("a", "b"))))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (CRLF, CRLF.replace("b = 2", "b = 4\r\nd = 5")),
+        (CRLF, CRLF.replace("\r\n", "\n")),
+        ("a\nb\n", "a\r\nb\r\n"),
+        ("a\r\nb\nc\r\n", "a\r\nB\nc\r\nd\n"),
+    ],
+)
+def test_our_diffs_of_such_files_read_back(old: str, new: str) -> None:
+    base, patched = {"a.py": old}, {"a.py": new, "new.py": "x\r\ny\r\n"}
+    diff = unified_diff(base, patched)
+    assert apply_diff(base, parse_diff(diff)) == patched
+    assert apply_diff(base, parse_diff(f"<solution>\n```diff\n{diff}```\n</solution>")) == patched
+    assert similarity(base, apply_diff(base, parse_diff(diff)), patched) == 1.0
+
+
+def test_a_diff_without_carriage_returns_fits_a_file_with_them() -> None:
+    """As models write it; and one that has them everywhere, in transit, fits a file without."""
+    plain, wanted = CRLF.replace("\r", ""), CRLF.replace("b = 2", "b = 4\r\nd = 5")
+    diff = unified_diff({"a.py": plain}, {"a.py": wanted.replace("\r", "")})
+    assert apply_diff({"a.py": CRLF}, parse_diff(diff)) == {"a.py": wanted}
+    moved = f"# first\r\n{CRLF}"
+    assert apply_diff({"a.py": moved}, parse_diff(diff)) == {"a.py": f"# first\r\n{wanted}"}
+    sent = parse_diff(diff.replace("\n", "\r\n"))
+    assert apply_diff({"a.py": plain}, sent) == {"a.py": wanted.replace("\r", "")}
+    assert apply_diff({"a.py": CRLF}, sent) == {"a.py": wanted}
