@@ -101,6 +101,11 @@ def sandbox_uid() -> int:
     return min(low, 1 << 30) + secrets.randbelow(max(1, high - min(low, 1 << 30)))
 
 
+def given_mb(scratch_mb: int) -> int:
+    """The largest standard input."""
+    return max(SHARED_MB, scratch_mb)
+
+
 def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]:
     """The bubblewrap command line of one sandbox."""
     server = _compiled_server()
@@ -114,7 +119,7 @@ def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]
     for path in read_only:
         arguments += [*_readable_parents(path), "--ro-bind", str(path), str(path)]
     arguments += ["--dev", "/dev"]
-    sizes = {"/tmp": scratch_mb, "/dev/shm": min(SHARED_MB, scratch_mb), fork_server.GIVEN: max(SHARED_MB, scratch_mb)}
+    sizes = {"/tmp": scratch_mb, "/dev/shm": min(SHARED_MB, scratch_mb), fork_server.GIVEN: given_mb(scratch_mb)}
     for folder, megabytes in sizes.items():
         arguments += ["--perms", "1777", "--size", str(megabytes << 20), "--tmpfs", folder]
     arguments += ["--remount-ro", "/dev"]  # which has no size, and belongs to a normal user
@@ -199,6 +204,7 @@ class Server:
         for stream in (self._in, self._out, self._err):
             os.set_blocking(stream.fileno(), False)
         self.closed = False
+        self.most_given = given_mb(scratch_mb) << 20  # bytes of standard input
 
     def wait_ready(self, seconds: float) -> None:
         """Block until the fork server has dropped its privileges and made its work folder."""

@@ -149,7 +149,10 @@ class Session:
         """One process of the fork server: its result and what it wrote to the result descriptor."""
         if self._server is None:
             return RunResult("wall_time", None, "", self._problem, 0.0), b""
-        fields = [operation, kind, *limits.fields(), stdin.encode("utf-8", "surrogateescape"), *payload]
+        given = stdin.encode("utf-8", "surrogateescape")
+        if len(given) > self._server.most_given:
+            return RunResult("wall_time", None, "", f"standard input of {len(given)} bytes is too large", 0.0), b""
+        fields = [operation, kind, *limits.fields(), given, *payload]
         try:
             answer = self._server.ask(fields, limits.wall_seconds + START_SECONDS)
             status, code, cpu, stdout, stderr, value = answer

@@ -193,6 +193,9 @@ def test_what_fills_the_folder_of_standard_input_makes_room() -> None:
         assert session.run(["python", "-c", fill], limits=Limits(cpu_seconds=10)).stdout == "full\n"
         given = "x" * (1 << 20)
         assert session.run(["wc", "-c"], stdin=given).stdout == "1048576\n"
+        beyond = session.run(["wc", "-c"], stdin="x" * ((64 << 20) + 1))
+        assert (beyond.status, beyond.stderr) == ("wall_time", "standard input of 67108865 bytes is too large")
+        assert session.alive
 
 
 def fresh_start(monkeypatch: pytest.MonkeyPatch, program: bytes) -> str:
