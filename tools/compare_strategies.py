@@ -189,11 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows for result in row.results
     ])  # fmt: skip
     if given.write:
-        seeds = " ".join(map(str, given.seeds))
-        scale = f" --scale {given.scale:g} --sft-scale {given.sft_scale:g}" if given.scale < 1.0 else ""
-        replace_part(
-            PART, f"Printed by `python -m tools.compare_strategies --seeds {seeds}{scale} --write`:\n\n{text}", PAGE
-        )
+        words = ["--seeds", *map(str, given.seeds)]
+        if given.scale < 1.0:
+            words += [f"--scale {given.scale:g}", f"--sft-scale {given.sft_scale:g}"]
+        if tuple(given.factors) != FACTORS:
+            words += ["--factors", *(f"{factor:g}" for factor in given.factors)]
+        command = f"python -m tools.compare_strategies {' '.join(words)} --write"
+        replace_part(PART, f"Printed by `{command}`:\n\n{text}", PAGE)
     return 0
 
 

@@ -8,6 +8,7 @@ user namespace.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import py_compile
 import secrets
@@ -25,10 +26,12 @@ from typing import Literal
 from nemo_cascade.reward import fork_server, system_calls, wire
 from nemo_cascade.types import UserError
 
+log = logging.getLogger(__name__)
 Mode = Literal["root", "user"]
 INSTALL = "apt-get install -y bubblewrap"
 MAX_ANSWER = 64 << 20
 NO_USER = -1
+SHARED_MB = 64  # /dev/shm, where semaphores and shared arrays of honest programs are
 
 
 def _readable_parents(path: Path) -> list[str]:
@@ -98,6 +101,11 @@ def sandbox_uid() -> int:
     return min(low, 1 << 30) + secrets.randbelow(max(1, high - min(low, 1 << 30)))
 
 
+def given_mb(scratch_mb: int) -> int:
+    """The largest standard input."""
+    return max(SHARED_MB, scratch_mb)
+
+
 def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]:
     """The bubblewrap command line of one sandbox."""
     server = _compiled_server()
@@ -110,7 +118,11 @@ def command(mode: Mode, scratch_mb: int, read_only: Sequence[Path]) -> list[str]
     arguments += [*_system_binds(), "--ro-bind", str(server), "/run/server"]
     for path in read_only:
         arguments += [*_readable_parents(path), "--ro-bind", str(path), str(path)]
-    arguments += ["--dev", "/dev", "--perms", "1777", "--size", str(scratch_mb << 20), "--tmpfs", "/tmp"]
+    arguments += ["--dev", "/dev"]
+    sizes = {"/tmp": scratch_mb, "/dev/shm": min(SHARED_MB, scratch_mb), fork_server.GIVEN: given_mb(scratch_mb)}
+    for folder, megabytes in sizes.items():
+        arguments += ["--perms", "1777", "--size", str(megabytes << 20), "--tmpfs", folder]
+    arguments += ["--remount-ro", "/dev"]  # which has no size, and belongs to a normal user
     for name, value in (("PATH", "/run/bin:/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8")):
         arguments += ["--setenv", name, value]
     arguments += ["--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONDONTWRITEBYTECODE", "1"]
@@ -123,6 +135,12 @@ def launch_mode() -> Mode:
     """The first way that works here; UserError with the remedy when none does."""
     if shutil.which("bwrap") is None:
         raise UserError(f"bubblewrap (bwrap) is not installed, and untrusted code runs only inside it; run `{INSTALL}`")
+    if not system_calls.filter_program():
+        log.warning(
+            "no filter of system calls is known for %s: sandboxed programs may make namespaces, and hold memory "
+            "outside their limits; docs/sandbox.md has what remains",
+            os.uname().machine,
+        )
     modes: tuple[Mode, ...] = ("root", "user") if os.getuid() == 0 else ("user",)
     complaints = []
     for mode in modes:
@@ -130,10 +148,15 @@ def launch_mode() -> Mode:
         try:
             server.wait_ready(30.0)
             return mode
-        except (EOFError, TimeoutError):
-            complaints.append(server.complaint())
+        except (EOFError, TimeoutError) as error:
+            complaints.append(server.complaint() or str(error))
         finally:
             server.kill()
+    if any("seccomp" in complaint.lower() for complaint in complaints):
+        raise UserError(
+            f"the kernel refuses the sandbox's filter of system calls here ({'; '.join(complaints)}); "
+            "run on a kernel with CONFIG_SECCOMP_FILTER, and not under an emulator of one (qemu-user, gVisor)"
+        )
     raise UserError(
         f"bubblewrap cannot create namespaces here ({'; '.join(complaints)}); "
         "set `sysctl kernel.unprivileged_userns_clone=1` on the host, "
@@ -181,6 +204,7 @@ class Server:
         for stream in (self._in, self._out, self._err):
             os.set_blocking(stream.fileno(), False)
         self.closed = False
+        self.most_given = given_mb(scratch_mb) << 20  # bytes of standard input
 
     def wait_ready(self, seconds: float) -> None:
         """Block until the fork server has dropped its privileges and made its work folder."""

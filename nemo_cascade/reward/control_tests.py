@@ -9,7 +9,7 @@ them; a cheat passes again, unless it knows which values are right, which is wha
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from nemo_cascade.types import Json
 
@@ -21,7 +21,8 @@ def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str,
     """(the test files changed so that every wanted test must fail, the ids of the tests that were changed).
 
     Of a test's expectations `value == literal` the last one is changed, because the first is often known from the
-    request; a test without one fails at its start. Files that do not parse are left out.
+    request; a test without one fails at its start. Files that do not parse, or that Python cannot write again (sums of
+    a thousand terms, integers of thousands of digits), are left out.
     """
     changed: dict[str, str] = {}
     ids: list[str] = []
@@ -30,15 +31,20 @@ def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str,
         if not names:
             continue
         try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
+            changed[path], broken = _changed(text, names)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-        found = [(name, function) for name, function in _functions(tree) if name in names]
-        for name, function in found:
-            _break(function)
-            ids.append(names[name])
-        changed[path] = ast.unparse(tree) + "\n"
+        ids += [names[name] for name in broken]
     return changed, ids
+
+
+def _changed(text: str, names: Container[str]) -> tuple[str, list[str]]:
+    """(a test file in which the tests of these names fail, those of the names that it has)."""
+    tree = ast.parse(text)
+    found = [(name, function) for name, function in _functions(tree) if name in names]
+    for _, function in found:
+        _break(function)
+    return ast.unparse(tree) + "\n", [name for name, _ in found]
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:

@@ -2,7 +2,7 @@
 
 This file is compiled and bound into bubblewrap with `wire.py` alone, so it imports nothing else of the package and only
 modules that start in a millisecond (no json, no signal, no subprocess). It speaks frames on its stdin and stdout: a
-frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a memory file and two
+frame is a list of byte fields. Untrusted code runs in forked children whose descriptors 0-2 are a nameless file and two
 pipes; every other descriptor is closed before the code starts. The server itself is not dumpable, and its children are
 not, so none can be traced or read by another; they can only be killed, which the host sees as end of file and counts
 against the submission.
@@ -20,10 +20,11 @@ import struct
 import sys
 import time
 
-from nemo_cascade.reward.wire import decode, encode, to_json
+from nemo_cascade.reward.wire import decode, encode, read_exact, to_json, write_all
 
 WORK = "/tmp/work"
-SCRATCH = {WORK: [], "/tmp": ["work"], "/dev/shm": []}  # where a program can write, and what stays there
+GIVEN = "/run/given"  # where standard inputs are
+SCRATCH = {WORK: [], "/tmp": ["work"], "/dev/shm": [], GIVEN: []}  # where a program can write, and what stays there
 SYMLINK_MODE = 0o120000
 MAX_FRAME = 1 << 30
 STDERR_BYTES = 16384
@@ -32,22 +33,6 @@ RESULT_FD = 3
 PR_SET_DUMPABLE = 4
 SIGKILL = 9
 CPU_CLOCK = 2  # CPUCLOCK_SCHED: the kernel's exact CPU time of a whole process
-
-
-def _read_exact(fd: int, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(fd, min(size - len(data), 1 << 20))
-        if not chunk:
-            raise EOFError
-        data += chunk
-    return bytes(data)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _become(uid: int) -> None:
@@ -119,7 +104,7 @@ def _execute(kind: bytes, payload: list[bytes]) -> int:
     code = _compiled.get(payload[0]) or compile(payload[0].decode("utf-8"), "solution.py", "exec")
     exec(code, module.__dict__)  # noqa: S102 - running it is this program's purpose
     if kind == b"call":
-        _write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2]))
+        write_all(RESULT_FD, _call(module.__dict__, payload[1].decode(), payload[2]))
     return 0
 
 
@@ -210,9 +195,23 @@ def run(kind: bytes, limits: list[bytes], stdin: bytes, payload: list[bytes]) ->
     return [status, str(code).encode(), repr(cpu).encode(), *outputs]
 
 
+def _nameless(content: bytes) -> int:
+    fd = os.open(GIVEN, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _given(stdin: bytes) -> int:
-    given = os.memfd_create("stdin")
-    _write_all(given, stdin)
+    """Standard input: a file, whose size programs may ask for, on a disk of fixed size. What fills that makes room."""
+    try:
+        given = _nameless(stdin)
+    except OSError:
+        _clear(GIVEN)
+        given = _nameless(stdin)
     os.lseek(given, 0, os.SEEK_SET)
     return given
 
@@ -314,7 +313,7 @@ def _write_each(fields: list[bytes]) -> None:
             os.symlink(fields[at + 2], os.fsencode(path))
             continue
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & 0o777)
-        _write_all(fd, fields[at + 2])
+        write_all(fd, fields[at + 2])
         os.close(fd)
 
 
@@ -385,13 +384,13 @@ def main() -> None:
     requests, answers = _reserve()  # and the children's outputs, opened once for all of them
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-    _write_all(answers, encode([b"ready"]))
+    write_all(answers, encode([b"ready"]))
     try:
         while True:
-            (size,) = struct.unpack("!I", _read_exact(requests, 4))
+            (size,) = struct.unpack("!I", read_exact(requests, 4))
             if size > MAX_FRAME:
                 return
-            _write_all(answers, encode(_answer(decode(_read_exact(requests, size)))))
+            write_all(answers, encode(_answer(decode(read_exact(requests, size)))))
     except EOFError:
         return
 

@@ -226,7 +226,7 @@ class Reader:
         token = self._take()
         if token in _OPEN or token in _BARS:
             return self._group(token)
-        if token[:1].isdigit() or (token[:1] == "." and len(token) > 1):
+        if token[:1].isdecimal() or (token[:1] == "." and len(token) > 1):
             return self._note(literal(token))
         name = token.removeprefix("\\")
         if token in ("-", "+"):

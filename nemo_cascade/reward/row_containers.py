@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -104,5 +105,5 @@ class RowContainers:
         """The row's image: a SIF file of its name in `images` or where the row says, else its name in a registry."""
         given = str(truth.get("image", ""))
         places = [Path(str(self._options["images"]), Path(given).name), Path(given)]
-        found = next((str(place) for place in places if sif and place.suffix == ".sif" and place.is_file()), "")
+        found = next((str(place) for place in places if sif and place.suffix == ".sif" and os.path.isfile(place)), "")
         return found or (given if given and not given.endswith(".sif") else instance.image_of(truth))

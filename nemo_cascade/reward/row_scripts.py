@@ -118,11 +118,11 @@ def judged(wanted: Mapping[str, Sequence[str]], statuses: Mapping[str, str]) -> 
     """A summary against what the row expects. An expected failure passes among PASS_TO_PASS, as in SWE-bench; among
     FAIL_TO_PASS it does not, because the code under test can call pytest.xfail().
     """
-    parts, failed = {}, ""
+    parts, failed, found = {}, "", _Statuses(statuses)
     for key, passing in (("FAIL_TO_PASS", ("PASSED",)), ("PASS_TO_PASS", ("PASSED", "XFAIL"))):
-        wrong = [test for test in wanted[key] if _status(test, statuses) not in passing]
+        wrong = [test for test in wanted[key] if found.of(test) not in passing]
         parts[key.lower()] = 1.0 - len(wrong) / len(wanted[key]) if wanted[key] else 1.0
-        failed = failed or next((f"{test}: {_status(test, statuses) or 'no result'}" for test in wrong), "")
+        failed = failed or next((f"{test}: {found.of(test) or 'no result'}" for test in wrong), "")
     return Scored(float(not failed), parts, failed[:200] or "all tests pass")
 
 
@@ -136,13 +136,21 @@ def read_summary(log: str) -> dict[str, str]:
     return statuses
 
 
-def _status(test: str, statuses: Mapping[str, str]) -> str:
-    """A test's status, "" without one. Rows cut ids at their first blank; such an id stands for all that begin so."""
-    for name in (test, test.partition(" - ")[0]):  # a summary's reason begins like this, but so may parameters go on
-        if name in statuses:
-            return statuses[name]
-    alike = [status for name, status in statuses.items() if name.partition(" ")[0] == test]
-    return max(alike, key=_WORST.index, default="")
+class _Statuses:
+    """Statuses by test id, "" for a test without one. Rows cut ids at their first blank; such an id stands for all that
+    begin so. Looked up in constant time: code under test may print as many lines as it likes.
+    """
+
+    def __init__(self, statuses: Mapping[str, str]) -> None:
+        self._whole, self._cut = statuses, dict[str, str]()
+        for name, status in statuses.items():
+            cut = name.partition(" ")[0]
+            self._cut[cut] = max(status, self._cut.get(cut, status), key=_WORST.index)
+
+    def of(self, test: str) -> str:
+        """A test's status. A summary's reason begins with ` - `, but so may parameters go on."""
+        names = (test, test.partition(" - ")[0])
+        return next((self._whole[name] for name in names if name in self._whole), self._cut.get(test, ""))
 
 
 def _zero(reason: str) -> Scored:

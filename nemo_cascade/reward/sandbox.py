@@ -7,12 +7,12 @@ read or imitate another.
 Covered: no network; only /usr and the interpreter are visible, read-only (no /etc, no home, no host files, no /proc
 for programs); empty environment; a uid of its own, no capabilities, no new privileges, no namespaces of its own making
 and no tracing (`system_calls.py`); limits on CPU time, address space per process, number of processes, file size,
-scratch space and output; a wall clock. What decides a reward is CPU time and memory, which a busy machine does not
-change; the wall clock only guards against hangs, and its status `wall_time` means "no verdict": callers return Invalid
-and may try again. Expected outputs and values never enter the
-sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged result line can pass a test. Test
-programs run in a process that the candidate, forked before it, can neither read nor speak for (`call_beside`). What a
-test left in a writable folder is gone before the next.
+scratch space and output, and no memory outside address spaces and scratch space but small buffers; a wall clock. What
+decides a reward is CPU time and memory, which a busy machine does not change; the wall clock only guards against hangs,
+and its status `wall_time` means "no verdict": callers return Invalid and may try again. Expected outputs and values
+never enter the sandbox: programs are run and compared outside, so neither `os._exit(0)` nor a forged result line can
+pass a test. Test programs run in a process that the candidate, forked before it, can neither read nor speak for
+(`call_beside`). What a test left in a writable folder is gone before the next.
 
 Not covered: holes in the kernel itself (the filter of system calls is a short list), side channels, the sum of memory
 over the allowed processes (address space is bounded per process), load on the machine within the limits. Tests of a
@@ -149,7 +149,10 @@ class Session:
         """One process of the fork server: its result and what it wrote to the result descriptor."""
         if self._server is None:
             return RunResult("wall_time", None, "", self._problem, 0.0), b""
-        fields = [operation, kind, *limits.fields(), stdin.encode("utf-8", "surrogateescape"), *payload]
+        given = stdin.encode("utf-8", "surrogateescape")
+        if len(given) > self._server.most_given:
+            return RunResult("wall_time", None, "", f"standard input of {len(given)} bytes is too large", 0.0), b""
+        fields = [operation, kind, *limits.fields(), given, *payload]
         try:
             answer = self._server.ask(fields, limits.wall_seconds + START_SECONDS)
             status, code, cpu, stdout, stderr, value = answer

@@ -5,7 +5,26 @@ Bound into the sandbox beside the fork server, so it imports only what starts in
 
 from __future__ import annotations
 
+import os
 import struct
+
+
+def read_exact(fd: int, size: int) -> bytes:
+    """So many bytes of a descriptor; EOFError when it ends before."""
+    data = bytearray()
+    while len(data) < size:
+        chunk = os.read(fd, min(size - len(data), 1 << 20))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """All bytes to a descriptor, in as many writes as it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def encode(fields: list[bytes]) -> bytes:

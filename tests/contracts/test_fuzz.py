@@ -1,4 +1,4 @@
-"""Every parser of `tools/fuzz/parsers.py` takes any text within its time and without an escaping exception.
+"""Every parser of the catalogue in `tools/fuzz` takes any text within its time and without an escaping exception.
 
 A few hundred inputs each; `python -m tools.fuzz` tries 100,000 and docs/fuzzing.md has what came of it. Whoever adds a
 domain, a reward module or an instruction adds its parser to the catalogue: a test here fails until then.
@@ -43,7 +43,8 @@ def test_every_domain_and_reward_module_has_a_parser() -> None:
     served = {domain for parser in CATALOGUE.values() for domain in parser.domains}
     assert served == set(domains.known())
     covered = {module for parser in CATALOGUE.values() for module in parser.modules}
-    found = [module.name for module in pkgutil.walk_packages(reward.__path__, "reward.")]
+    walked = pkgutil.walk_packages(reward.__path__, "nemo_cascade.reward.")  # whole names, or no package is entered
+    found = [module.name.removeprefix("nemo_cascade.") for module in walked]
     found += [f"domains.{name}" for name in domains.known()]
     checks = "reward.instructions."  # their entry is the package's: `instructions` runs them all
     assert {name for name in found if not name.startswith(checks)} - covered == set(NOT_PARSERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,15 @@ from nemo_cascade.data.chat import ChatTokenizer, parse_text
 from nemo_cascade.data.responses import transcript_of
 from nemo_cascade.data.rows import MAX_NESTING, loose_json, too_deep
 from nemo_cascade.reward import instructions, judge, mcqa, schema, workplace_office
+from nemo_cascade.reward.control_tests import controls
 from nemo_cascade.reward.genrm import parse_verdict
-from nemo_cascade.reward.search_replace import BadEdit, parse_diff
+from nemo_cascade.reward.math_equal import is_runaway
+from nemo_cascade.reward.math_reader import Reader
+from nemo_cascade.reward.row_scripts import judged
+from nemo_cascade.reward.search_replace import BadEdit, apply_edits, parse_diff, parse_edits
+from nemo_cascade.reward.swe import grading
+from nemo_cascade.reward.swe.checkout import checkout, folder_of
+from nemo_cascade.reward.swe.instance import sif_of
 from nemo_cascade.reward.workplace import Workplace
 from nemo_cascade.rollout import openai_api
 from nemo_cascade.types import Json, Message, Tool, UserError
@@ -130,10 +138,49 @@ def test_refusals_without_text_and_line_numbers_without_end() -> None:
         parse_diff(f"--- a/a.py\n+++ b/a.py\n@@ -{'9' * 5000},1 +1,1 @@\n-x\n+y\n")
 
 
+def test_digits_that_are_no_numbers() -> None:
+    """A circled digit is a digit to Python and no number to anybody: in an answer it is a symbol."""
+    assert not is_runaway("\u2792")
+    assert Reader("x^\u2792").too_large == ""
+    assert Reader("9^{9^{\u0669}}").too_large == "a number of more than 10000 digits"  # an Arabic nine is a nine
+
+
+@pytest.mark.parametrize("expression", ["1" + "+1" * 800, f"(0x{'f' * 5000},)", f"g(0x{'f' * 5000})"])
+def test_test_files_that_python_reads_and_cannot_write(expression: str) -> None:
+    """They are left out as those that do not parse; the others are changed all the same."""
+    texts = {"t.py": f"def test_a():\n    assert f() == {expression}\n", "u.py": "def test_b():\n    assert f() == 2\n"}
+    changed, ids = controls(texts, ["t.py::test_a", "u.py::test_b"])
+    assert changed == {"u.py": "def test_b():\n    assert f() == 3\n"}
+    assert ids == ["u.py::test_b"]
+
+
+def test_names_of_instances_that_no_file_system_holds(tmp_path: Path) -> None:
+    (tmp_path / "x.sif").write_bytes(b"")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "o__r-1.sif").write_bytes(b"")
+    for name in ("n" * 300, "\0", "\ud800", "../x", f"{tmp_path}/x"):
+        assert sif_of({"instance_id": name}, str(images)) == ""
+        assert folder_of({"instance_id": name, "repo": name}, str(images)) is None
+        with pytest.raises(UserError, match="repo_path: no folder"):
+            checkout(images / name / "none", "c0ffee")
+    assert sif_of({"instance_id": "o__r-1"}, str(images)) == str(images / "o__r-1.sif")
+
+
 def _columns(count: int) -> str:
     return ",".join(f"c{number}" for number in range(count))
 
 
+def _refused_edit() -> str:
+    flood = "\n" * 80_000
+    made = f"### n.py\n<<<<<<< SEARCH\n=======\n{flood}>>>>>>> REPLACE\n"
+    with pytest.raises(BadEdit) as error:
+        apply_edits({}, parse_edits(f"{made}<<<<<<< SEARCH\n{flood[:45_000]}z\n=======\n>>>>>>> REPLACE\n"))
+    return str(error.value)
+
+
+TESTS: dict[str, Json] = {"FAIL_TO_PASS": ["t.py::a[1"], "PASS_TO_PASS": [f"t.py::old[{n}" for n in range(3000)]}
+FORGED = {f"t.py::made[{number} up]": "PASSED" for number in range(30_000)}
 CALL = "<tool_call>\n<function=f>\n</function>\n</tool_call>\n"
 SENTENCES = ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1})
 NUMBERED = ",".join(f'"{number}":1' for number in range(90_000))
@@ -170,6 +217,15 @@ SLOW: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "sixty thousand dots and quotes": (
         lambda: str(instructions.check(*SENTENCES, "", ".'" * 30_000 + "x")), "True"
+    ),
+    "forty thousand SEARCH lines in a file of eighty thousand, all alike": (
+        _refused_edit, "n.py: the SEARCH lines occur 0 times, not once"
+    ),
+    "thirty thousand results that no test is named in": (
+        lambda: grading.judged(TESTS, FORGED).reason, "t.py::a[1: no result"
+    ),
+    "thirty thousand lines of a summary that no test is named in": (
+        lambda: judged(TESTS, FORGED).reason, "t.py::a[1: no result"
     ),
     "a turn of ten thousand calls": (
         lambda: str(len(parse_text(CALL * 10_000, False).tool_calls)), "10000"

@@ -81,6 +81,23 @@ ATTEMPTS = {
         f"def loot():\n    at = c.shmat(c.shmget(KEY, 0, 0), None, {READ_ONLY})\n"
         "    return ctypes.string_at(at).decode() if at not in (None, (1 << 64) - 1) else ''\n"
     ),
+    "makes a segment of memory that outlives it": (
+        C + f"def loot(): return GOLD if c.shmget(0, 4096, {IPC_CREAT | 0o600}) >= 0 else ''\n"
+    ),
+    "makes a file in memory without a size": (
+        "import os\ndef loot(): return GOLD if os.memfd_create('m') >= 0 else ''\n"
+    ),
+    "fills the folder of devices": (
+        "import os\ndef loot():\n    for d in ('/dev', '/dev/pts'):\n        try: open(f'{d}/x', 'w').close()\n"
+        "        except OSError: continue\n        return GOLD\n    return ''\n"
+    ),
+    "enlarges the buffers of a socket": (
+        "import socket\nend, other = socket.socketpair()\nbefore = end.getsockopt(1, 7)\n"
+        "def loot():\n    end.setsockopt(1, 7, 1 << 30)\n    return GOLD if end.getsockopt(1, 7) > before else ''\n"
+    ),
+    "talks to the host of a virtual machine": (
+        "import socket\ndef loot():\n    socket.socket(40, socket.SOCK_STREAM)\n    return GOLD\n"
+    ),
     "becomes root": (
         "import os\nbefore = os.getuid(), os.geteuid()\ndef loot():\n    for call in (os.setgid, os.setuid):\n"
         "        try: call(0)\n        except OSError: pass\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 RETURN_0 = "def f(x): return 0\n"
 BURN = "while True: pass\n"
+C = "import ctypes\nc = ctypes.CDLL(None)\n"
 
 ENDS = {
     "leaves at once with status 0": "import os\nos._exit(0)\n" + RETURN_0,
@@ -36,6 +37,33 @@ HUNGRY = {
     "memory bomb by small steps": "x = []\nwhile True: x.append(bytes(1 << 20))\n",
     "memory bomb that catches MemoryError": (
         "x = []\ntry:\n    while True: x.append(bytes(1 << 20))\nexcept MemoryError: pass\n" + RETURN_0
+    ),
+    "holds memory in segments that no process has mapped": (
+        C + "c.shmat.restype, n = ctypes.c_void_p, 1 << 26\nfor k in range(40):\n"
+        "    at = c.shmat(c.shmget(0, n, 0o1600), None, 0)\n    if at in (None, (1 << 64) - 1): break\n"
+        "    ctypes.memset(ctypes.c_void_p(at), 1, n); c.shmdt(ctypes.c_void_p(at))\n" + RETURN_0
+    ),
+    "holds memory in files that no folder has": (
+        "import os\ntry:\n    while True: os.write(os.memfd_create('m'), bytes(15 << 20))\nexcept OSError: pass\n"
+        "" + RETURN_0
+    ),
+    "holds memory in shared files": (
+        "for d in ('/dev/shm', '/run/given'):\n    try:\n"
+        "        for n in range(200): open(f'{d}/{n}', 'wb').write(bytes(15 << 20))\n    except OSError: pass\n"
+        "" + RETURN_0
+    ),
+    "holds memory in the buffers of sockets": (
+        "import socket\nkept = []\ntry:\n    while True:\n        kept += (ends := socket.socketpair())\n"
+        "        for end in ends:\n            end.setblocking(False); end.setsockopt(1, 7, 1 << 30)\n"
+        "            try:\n                while True: end.send(bytes(65536))\n"
+        "            except BlockingIOError: pass\nexcept OSError: pass\n" + RETURN_0
+    ),
+    "holds memory in pages given to pipes": (
+        C + "import mmap, os\nclass V(ctypes.Structure): _fields_ = [('b', ctypes.c_void_p), ('n', ctypes.c_long)]\n"
+        "kept = []\ntry:\n    while True:\n        kept += (ends := os.pipe()); page = mmap.mmap(-1, 1 << 21)\n"
+        "        page.madvise(14); page[0] = 1; view = ctypes.c_char.from_buffer(page)\n"
+        "        n = c.vmsplice(ends[1], ctypes.byref(V(ctypes.addressof(view), 4096)), 1, 0)\n"
+        "        del view; page.close()\n        if n < 0: break\nexcept OSError: pass\n" + RETURN_0
     ),
     "fills the disk with one file": (
         "f_ = open('big', 'wb')\ntry:\n    while True: f_.write(bytes(1 << 20))\nexcept OSError: pass\n" + RETURN_0

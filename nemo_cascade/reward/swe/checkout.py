@@ -7,6 +7,7 @@ repository of their own.
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,14 +29,14 @@ def folder_of(truth: Mapping[str, Json], repositories: str) -> Path | None:
         return Path(str(truth["repo_path"]))
     names = [str(truth[key]).replace("/", "__") for key in ("instance_id", "repo")]
     found = [Path(repositories, name) for name in names if repositories and name not in ("", ".", "..")]
-    return next((folder for folder in found if folder.is_dir()), None)
+    return next((folder for folder in found if os.path.isdir(folder)), None)  # False for a name no file system holds
 
 
 def checkout(folder: Path, commit: str) -> Mapping[str, File]:
     """The files at a commit; ContainerLost when folder or commit are not there, or git does not do it in time: the row
     or the machine is at fault, and other rows go on.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, where the name is no name
         raise ContainerLost(f"repo_path: no folder {folder}; clone the repository there, or drop the row")
     return _checkout(str(folder.absolute()), commit)
 

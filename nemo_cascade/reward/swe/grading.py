@@ -193,13 +193,13 @@ def judged(instance: Mapping[str, Json], statuses: Mapping[str, str]) -> Graded:
     expected = instance.get("expected")
     if isinstance(expected, dict) and not instance.get("FAIL_TO_PASS"):
         return _as_recorded(expected, statuses)
-    shares, failed = [], ""
+    shares, failed, found = [], "", _Statuses(statuses)
     for key in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         wanted = [str(test) for test in instance.get(key) or []]
         passing = ("PASSED",) if key == "FAIL_TO_PASS" else ("PASSED", "XFAIL")
-        wrong = [test for test in wanted if _status(test, statuses) not in passing]
+        wrong = [test for test in wanted if found.of(test) not in passing]
         shares.append(1.0 - len(wrong) / len(wanted) if wanted else 1.0)
-        failed = failed or next((f"{test}: {_status(test, statuses)}" for test in wrong), "")
+        failed = failed or next((f"{test}: {found.of(test)}" for test in wrong), "")
     parts = {"fail_to_pass": shares[0], "pass_to_pass": shares[1]}
     return Graded(not failed, failed[:200] or "all tests pass", parts)
 
@@ -223,18 +223,28 @@ def _plain(name: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", name).split(" - ")[0]
 
 
-def _status(test: str, statuses: Mapping[str, str]) -> str:
-    """A test's status. SWE-bench's logs cut ids at their first blank; such an id stands for all that begin with it."""
-    if test in statuses:
-        return statuses[test]
-    alike = [status for name, status in statuses.items() if name.split(" ")[0] == test]
-    return next((status for status in alike if status not in ("PASSED", "XFAIL")), alike[0] if alike else "no result")
+class _Statuses:
+    """Statuses by test id. SWE-bench's logs cut ids at their first blank; such an id stands for all that begin with
+    it. Looked up in constant time: code under test may add as many results as it likes.
+    """
+
+    def __init__(self, statuses: Mapping[str, str]) -> None:
+        self._whole, self._cut = statuses, dict[str, str]()
+        for name, status in statuses.items():
+            cut = name.split(" ")[0]
+            if self._cut.get(cut, "PASSED") in ("PASSED", "XFAIL"):  # the first that does not pass, else the first
+                self._cut[cut] = status if status not in ("PASSED", "XFAIL") else self._cut.get(cut, status)
+
+    def of(self, test: str) -> str:
+        """A test's status, "no result" without one."""
+        return self._whole[test] if test in self._whole else self._cut.get(test, "no result")
 
 
 def _trusted(instance: Mapping[str, Json], statuses: Mapping[str, str]) -> list[str]:
     """The tests whose passing decides the reward, without their parameters: what the control run is about."""
     wanted = instance.get("FAIL_TO_PASS") or [*statuses]
-    passed = [str(test) for test in wanted if _status(str(test), statuses) == "PASSED"]
+    found = _Statuses(statuses)
+    passed = [str(test) for test in wanted if found.of(str(test)) == "PASSED"]
     return list(dict.fromkeys(test.partition("[")[0] for test in passed))
 
 

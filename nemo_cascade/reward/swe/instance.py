@@ -5,6 +5,7 @@ Lists may be JSON texts, and NeMo-Gym's rows carry the original one as text in `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -112,4 +113,5 @@ def sif_of(truth: Mapping[str, Json], folder: str) -> str:
     forms = [instance, instance.replace("__", "_s_"), instance.replace("__", "_1776_")]
     names = [f"{start}{form}.sif" for form in forms for start in ("", "r2egym_", "swegym_sweb.eval.x86_64.")]
     found = (Path(folder, name) for name in dict.fromkeys(name for each in names for name in (each, each.lower())))
-    return next((str(path) for path in found if folder and "/" not in path.stem and path.is_file()), "")
+    inside = (path for path in found if folder and path.parent == Path(folder))
+    return next((str(path) for path in inside if os.path.isfile(path)), "")  # False for a name no file system holds
