@@ -196,10 +196,13 @@ class SweAgentless(SingleTurn):
     def _unreadable(self, error: BadEdit) -> Scored:
         return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
 
-    def _run(self, task: Task, content: str, files: Mapping[str, str]) -> Outcome:
+    def _run(self, task: Task, content: str, files: Mapping[str, str] | None) -> Outcome:
         """The verdict of a row's own scripts, in a container with its repository."""
         if task.truth["mode"] == "repro-gen":
             return self.containers.grade_reproduction(task.truth, content)
+        unscored = _unscored(task, files)
+        if unscored is not None:
+            return unscored
         try:
             patched = _patched(files, content)
         except BadEdit as error:

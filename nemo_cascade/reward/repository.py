@@ -67,7 +67,7 @@ class TestResult:
 
 def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
     """Run git in a folder without the user's configuration; UserError when git is missing, ValueError when it
-    refuses.
+    refuses or does not end in time.
     """
     command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", *arguments]
     environment = {"PATH": os.environ.get("PATH", os.defpath), **AUTHOR}
@@ -84,6 +84,8 @@ def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
         )
     except FileNotFoundError as error:
         raise UserError("git is not installed, and repository tasks need it; run `apt-get install -y git`") from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"git {arguments[0]}: no end within {GIT_SECONDS:g} s") from error
     if done.returncode != 0:
         raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.split())[:300]}")
     return done.stdout

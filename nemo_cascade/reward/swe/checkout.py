@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_cascade.reward.repository import git
+from nemo_cascade.reward.runtimes import ContainerLost
 from nemo_cascade.reward.sandbox import File, read_tree
-from nemo_cascade.types import Json, UserError
+from nemo_cascade.types import Json
 
 KEPT = 4  # checkouts held in memory: the rollouts of a group share theirs
 
@@ -31,9 +32,11 @@ def folder_of(truth: Mapping[str, Json], repositories: str) -> Path | None:
 
 
 def checkout(folder: Path, commit: str) -> Mapping[str, File]:
-    """The files at a commit; UserError when folder or commit are not there."""
+    """The files at a commit; ContainerLost when folder or commit are not there, or git does not do it in time: the row
+    or the machine is at fault, and other rows go on.
+    """
     if not folder.is_dir():
-        raise UserError(f"repo_path: no folder {folder}; clone the repository there, or drop the row")
+        raise ContainerLost(f"repo_path: no folder {folder}; clone the repository there, or drop the row")
     return _checkout(str(folder.absolute()), commit)
 
 
@@ -50,5 +53,5 @@ def _checkout(folder: str, commit: str) -> Mapping[str, File]:
             git(place, "add", "--all", "--force")
             git(place, "commit", "--quiet", "--message=base", "--allow-empty")
         except ValueError as error:
-            raise UserError(f"repository {folder}, base_commit {commit}: {error}") from error
+            raise ContainerLost(f"repository {folder}, base_commit {commit}: {error}") from error
         return read_tree(place)

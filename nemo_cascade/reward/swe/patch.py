@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from nemo_cascade.reward.runtimes import Container
+from nemo_cascade.reward.runtimes import Container, ContainerLost, Ran
 
 MOST_BYTES = 16 << 20
 GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=true")
@@ -38,14 +38,23 @@ HEADER = re.compile(rb"^(?:\+\+\+ b/|--- a/|rename to |rename from )([^\t\n]+)",
 
 
 def head(container: Container, seconds: float) -> str:
-    """The commit that the agent starts from."""
-    return container.run([*GIT, "rev-parse", "HEAD"], seconds).stdout.decode("ascii", "replace").strip()
+    """The commit that the agent starts from; ContainerLost when git does not say."""
+    ran = container.run([*GIT, "rev-parse", "--verify", "HEAD"], seconds)
+    commit = ran.stdout.decode("ascii", "replace").strip()
+    if ran.code != 0 or not commit:
+        raise ContainerLost(f"git finds no commit to start from: {_said(ran)}")
+    return commit
 
 
 def changes(container: Container, base: str, seconds: float) -> bytes | str:
-    """The agent's patch against its base commit, new files included, ignored ones not; in words why there is none."""
+    """The agent's patch against its base commit, new files included, ignored ones not; in words why there is none.
+
+    ContainerLost when git does not end in time. That git fails otherwise is the agent's doing: it worked for `head`.
+    """
     left_out = [f":(exclude){path}" for path in NEVER_CHANGED]
     added = container.run([*GIT, "add", "--all", "--", ".", *left_out], seconds)
+    if added.code is None:
+        raise ContainerLost(f"git add did not end within {seconds:g} s")
     diff = ["diff", "--cached", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
     prefixes = ["--src-prefix=a/", "--dst-prefix=b/"]
     ran = container.run([*GIT, *diff, *prefixes, base, "--", ".", *left_out], seconds, b"", MOST_BYTES + 1)
@@ -53,8 +62,14 @@ def changes(container: Container, base: str, seconds: float) -> bytes | str:
         return ran.stdout
     if len(ran.stdout) > MOST_BYTES:
         return f"the patch has more than {MOST_BYTES} bytes"
-    said = (added if added.code != 0 else ran).stderr.decode("utf-8", "replace")
-    return f"git finds no patch: {' '.join(said.split())[-150:]}"
+    if ran.code is None:
+        raise ContainerLost(f"git diff did not end within {seconds:g} s")
+    return f"git finds no patch: {_said(added if added.code != 0 else ran)}"
+
+
+def _said(ran: Ran) -> str:
+    words = ran.stderr.decode("utf-8", "replace").split()
+    return " ".join(words)[-150:] or ("its time ran out" if ran.code is None else f"status {ran.code}")
 
 
 def sources_of(gold: bytes) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.swe_agentic import SweAgentic
+from nemo_cascade.reward import repository as repository_module
 from nemo_cascade.types import Invalid, Message, Scored, Task, ToolCall, Transcript, UserError
 from tests.unit.domains.swe_rows import DONE, FAULT, REPAIR, TEST_PATCH, edit, plant, play, repository, row, turn
 
@@ -340,7 +341,28 @@ def test_rows_that_cannot_be_graded_are_no_fault_of_the_answer(
     assert isinstance(outcome, Invalid) and reason in outcome.reason
 
 
-def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Path, str], domain: SweAgentic) -> None:
+def test_a_row_without_a_checkout_loses_its_own_rollouts_only(
+    domain: SweAgentic, clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder or a commit that is not there, and git on a busy machine: no verdict, and the stage goes on."""
+    monkeypatch.setattr(repository_module, "GIT_SECONDS", 0.0)
+    slow = domain.parse_row(row(clone[1][:12], instance_id="slow-1"), "rows:1")
+    assert played(domain, slow).endswith(f"base_commit {clone[1][:12]}: git rev-parse: no end within 0 s")
+    monkeypatch.undo()
+    nowhere = domain.parse_row(row(clone[1], instance_id="nowhere-1", repo_path="/no/such/folder"), "rows:1")
+    assert "repo_path: no folder /no/such/folder" in played(domain, nowhere)
+    assert f"acme__shop, base_commit {'0' * 40}: git" in played(domain, domain.parse_row(row("0" * 40), "rows:1"))
+
+
+def played(domain: SweAgentic, task: Task) -> str:
+    """Why a rollout of this task and its stored copy are Invalid: the same reason."""
+    outcome, answers = play(domain, task, [GOOD, DONE])
+    stored = domain.score(task, Transcript((GOOD, Message("tool", "ok"), DONE)))
+    assert isinstance(outcome, Invalid) and outcome == stored and answers == []
+    return outcome.reason
+
+
+def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Path, str]) -> None:
     plain = SweAgentic(services, {"runtime": "bubblewrap"})
     task = plain.parse_row(row(clone[1]), "rows:1")
     with pytest.raises(
@@ -349,12 +371,6 @@ def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Pa
         plain.begin(task)
     said = Transcript((turn("run", command="ls"), Message("tool", ""), DONE))
     assert isinstance(plain.score(task, said), Invalid)
-    nowhere = plain.parse_row(row(clone[1], repo_path="/no/such/folder"), "rows:1")
-    with pytest.raises(UserError, match=r"repo_path: no folder /no/such/folder"):
-        plain.begin(nowhere)
-    lost = domain.parse_row(row("0" * 40), "rows:1")
-    with pytest.raises(UserError, match=r"acme__shop, base_commit 0{40}: git"):
-        domain.begin(lost)
     bare = SweAgentic(services, {"repositories": str(clone[0].parent), "packages": "/usr/bin"})
     with pytest.raises(UserError, match=r"packages: /usr/bin has no pytest.*pip install pytest"):
         bare.begin(bare.parse_row(row(clone[1]), "rows:1"))
