@@ -13,6 +13,7 @@ import pytest
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.swe_agentic import SweAgentic
 from nemo_cascade.reward import repository as repository_module
+from nemo_cascade.reward.swe import released
 from nemo_cascade.types import Invalid, Message, Scored, Task, ToolCall, Transcript, UserError
 from tests.unit.domains.swe_rows import DONE, FAULT, REPAIR, TEST_PATCH, edit, plant, play, repository, row, turn
 
@@ -202,6 +203,25 @@ def test_a_stored_rollout_is_played_again(services: Services, domain: SweAgentic
     said = (turn("run", command=command), Message("tool", answers[0]), DONE)
     other = SweAgentic(services, dict(domain.options))
     assert other.score(task, Transcript(said)) == domain.score(task, Transcript(said)) == first == ALL_PASS
+
+
+def test_patches_do_not_pile_up(
+    services: Services, domain: SweAgentic, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the tests have judged is dropped, and still has both verdicts; the others are bounded in bytes."""
+    fresh = SweAgentic(services, dict(domain.options))
+    outcome, answers = play(fresh, task, [GOOD, DONE])
+    said = (GOOD, Message("tool", answers[0]), DONE)
+    (ended,) = fresh.released._ended.values()
+    assert outcome == ALL_PASS and ended.patch == b""
+    monkeypatch.setattr(fresh.released, "start", None)  # nothing is started for the second verdict
+    assert fresh.score(task, Transcript(said)) == ALL_PASS
+    cut_off = fresh.score(task, Transcript(said, truncated=True))
+    assert cut_off == Invalid("resolved, but cut off by the limit on turns or context")
+    monkeypatch.setattr(released, "REMEMBERED_BYTES", 1000)
+    for key in "abcd":
+        fresh.released.remember(key, released.Ended(patch=bytes(400)))
+    assert list(fresh.released._ended) == ["c", "d"]
 
 
 def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, task: Task) -> None:
