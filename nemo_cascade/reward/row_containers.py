@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_cascade.reward import row_scripts
-from nemo_cascade.reward.runtimes import ENGINES, NAMES, Container, ContainerLost, Machine, Place, Runtime, first_engine
+from nemo_cascade.reward.runtimes import ENGINES, NAMES, Choice, Container, ContainerLost, Machine, Place, Runtime
 from nemo_cascade.reward.swe import instance
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
 from nemo_cascade.types import Invalid, Json, Outcome, UserError
@@ -40,7 +40,8 @@ class RowContainers:
         for key in ("tests_timeout_s", "start_timeout_s", "memory_mb", "cpus"):
             if float(options[key]) <= 0:
                 raise UserError(f"data.options.swe_agentless.{key}: {options[key]} is not above 0")
-        self._found: dict[str, str] = {}  # runtime -> why it cannot be used, "" when it can
+        self._choice = Choice(str(options["runtime"]), self._machine)
+        self._found: dict[bool, str] = {}  # for rows with a clone or without: why none can be used, "" when one can
 
     @property
     def deadline_s(self) -> float:
@@ -56,19 +57,19 @@ class RowContainers:
                 f"{own}, which cannot run here: set data.options.swe_agentless.runtime (docker, podman, apptainer, or "
                 "bubblewrap with clones in repositories), or let without_image: judge or similarity score its patches"
             )
-        if chosen == "bubblewrap" and self._folder(truth) is None:
+        has_clone = self._folder(truth) is not None
+        if chosen == "bubblewrap" and not has_clone:
             return (
                 f"{own}, which bubblewrap cannot start: put a clone into the folder of data.options.swe_agentless."
                 f"repositories, or set runtime to one of {', '.join(ENGINES)}"
             )
-        name = "bubblewrap" if chosen == "auto" and self._folder(truth) is not None else chosen
-        if name not in self._found:
+        if has_clone not in self._found:
             try:
-                self._runtime(name).check()
-                self._found[name] = ""
+                self._runtime(has_clone).check()
+                self._found[has_clone] = ""
             except UserError as error:
-                self._found[name] = f"{own}, and {error}"
-        return self._found[name]
+                self._found[has_clone] = f"{own}, and {error}"
+        return self._found[has_clone]
 
     def grade_repair(
         self, truth: Mapping[str, Json], files: Mapping[str, str], patched: Mapping[str, str]
@@ -89,15 +90,13 @@ class RowContainers:
     def _folder(self, truth: Mapping[str, Json]) -> Path | None:
         return folder_of(truth, str(self._options["repositories"]))
 
-    def _runtime(self, name: str) -> Runtime:
-        if name == "auto":
-            name = first_engine(self._machine)
-        return self._runtimes.runtime(name, self._machine, str(self._options["packages"]))
+    def _runtime(self, has_clone: bool) -> Runtime:
+        return self._runtimes.runtime(self._choice.of(has_clone), self._machine, str(self._options["packages"]))
 
     def _start(self, truth: Mapping[str, Json]) -> Container:
-        folder, chosen = self._folder(truth), str(self._options["runtime"])
+        folder = self._folder(truth)
         files = checkout(folder, str(truth["base_commit"])) if folder is not None else None
-        runtime = self._runtime("bubblewrap" if chosen == "auto" and files is not None else chosen)
+        runtime = self._runtime(files is not None)
         image = "" if runtime.name == "bubblewrap" else self.image_of(truth, runtime.name == "apptainer")
         return runtime.start(Place(image, files))
 

@@ -15,6 +15,7 @@ from nemo_cascade.types import UserError
 
 WORK = "/testbed"  # where the images of SWE-Gym, R2E-Gym and SWE-bench keep the repository
 GRACE_S = 15.0  # beyond a command's own limit, before the host ends it
+HIDE_S = 120.0  # for git on a large repository
 ENGINES = ("docker", "podman", "apptainer")
 NAMES = ("bubblewrap", *ENGINES)
 INSTALL = {
@@ -47,12 +48,15 @@ class Machine:
 class Place:
     """What a container starts from: an image, files for the work folder, or an image with these files put there.
 
-    `hidden`: absolute paths of the image that commands must not find.
+    `hidden`: absolute paths of the image that commands must not find. `hide`: a shell script that takes from the work
+    folder what they must not find there; it runs as the image's user once the files are there, and where it fails there
+    is no container. Bubblewrap, which has nothing of an image, ignores both.
     """
 
     image: str = ""
     files: Mapping[str, File] | None = None
     hidden: tuple[str, ...] = ()
+    hide: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,26 @@ def load(name: str, machine: Machine, packages: str = "") -> Runtime:
     if name == "bubblewrap":
         return BubblewrapRuntime(machine, packages)
     return ApptainerRuntime(machine) if name == "apptainer" else DockerRuntime(machine, name)
+
+
+class Choice:
+    """Which runtime a row gets: the named one; for `auto` bubblewrap where the row has a clone, else the first engine.
+
+    The engine is looked for once: a probe takes up to 20 s.
+    """
+
+    def __init__(self, named: str, machine: Machine) -> None:
+        self._named, self._machine = named, machine
+        self._engine = ""
+
+    def of(self, has_clone: bool) -> str:
+        """The runtime's name; UserError when there must be an engine and none works."""
+        if self._named != "auto":
+            return self._named
+        if has_clone:
+            return "bubblewrap"
+        self._engine = self._engine or first_engine(self._machine)
+        return self._engine
 
 
 def first_engine(machine: Machine) -> str:

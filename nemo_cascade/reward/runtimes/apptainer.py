@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_cascade.reward.runtimes import GRACE_S, WORK, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, WORK, ContainerLost, Machine, Place, Ran
 from nemo_cascade.reward.runtimes.docker import ENVIRONMENT, KILLED, probe, tar_of, why_not
 from nemo_cascade.reward.runtimes.process import Captured, capture
 from nemo_cascade.types import UserError
@@ -65,7 +65,7 @@ class ApptainerRuntime:
         """A copy of the image's work folder, ready for commands."""
         self.check()
         if not place.image:
-            raise UserError("data.options.swe_agentic.runtime: apptainer starts from an image, and the row has none")
+            raise UserError("option runtime: apptainer starts from an image, and the row has none")
         if place.image.startswith("-") or not place.image.isprintable():
             raise ContainerLost(f"apptainer: {place.image!r} is no image")
         container = ApptainerContainer(self, _image(place.image))
@@ -100,7 +100,7 @@ class ApptainerContainer:
         self._stopped = False
 
     def begin(self, place: Place) -> None:
-        """Copy the repository out of the image, find the folders to hide, unpack files over the copy."""
+        """Copy the repository out of the image, find the folders to hide, unpack files over the copy, clear it."""
         copy = ["cp", "-a", f"{WORK}/.", f"{COPY}/"]
         done = self._exec(copy, self.runtime.machine.start_seconds, at=COPY)
         if done.code not in (0, None):
@@ -118,6 +118,10 @@ class ApptainerContainer:
             ran = self.run(["tar", "--extract"], self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
                 raise ContainerLost(why_not(ran, "the files cannot be unpacked"))
+        if place.hide:
+            ran = self.run(["sh", "-c", place.hide], HIDE_S)
+            if ran.code != 0:
+                raise ContainerLost(f"the work folder cannot be cleared: {why_not(ran, 'its time ran out')}")
 
     def _exec(
         self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20, at: str = WORK

@@ -44,7 +44,7 @@ class BubblewrapRuntime:
         folder = Path(self._packages).absolute() if self._packages else default
         if not (folder / "pytest").is_dir():
             raise UserError(
-                f"data.options.swe_agentic.packages: {folder} has no pytest, which runs the tests of a repository; run "
+                f"option packages: {folder} has no pytest, which runs the tests of a repository; run "
                 f"`{sys.executable} -m pip install pytest`, or name a folder that has it"
             )
         return folder
@@ -62,8 +62,8 @@ class BubblewrapRuntime:
         """A sandbox whose work folder holds the place's files."""
         if place.files is None:
             raise UserError(
-                f"data.options.swe_agentic.runtime: bubblewrap starts from a folder, not from image {place.image!r}; "
-                "name docker, podman or apptainer, or the repository's folder in data.options.swe_agentic.repositories"
+                f"option runtime: bubblewrap starts from a folder, not from image {place.image!r}; name docker, podman "
+                "or apptainer, or the repository's folder in option repositories"
             )
         self.check()
         try:

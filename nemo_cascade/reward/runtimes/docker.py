@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nemo_cascade.reward.fork_server import SYMLINK_MODE
-from nemo_cascade.reward.runtimes import GRACE_S, INSTALL, WORK, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, INSTALL, WORK, ContainerLost, Machine, Place, Ran
 from nemo_cascade.reward.runtimes.process import Captured, capture, end_group
 from nemo_cascade.reward.sandbox import File
 from nemo_cascade.types import UserError
@@ -97,7 +97,7 @@ class DockerRuntime:
         """A fresh container of the place's image, pulled where it is not here yet."""
         self.check()
         if not place.image:
-            raise UserError(f"data.options.swe_agentic.runtime: {self.name} starts from an image, and the row has none")
+            raise UserError(f"option runtime: {self.name} starts from an image, and the row has none")
         if not IMAGE_NAME.fullmatch(place.image):
             raise ContainerLost(f"{self.name}: {place.image!r} is no image name")
         container = DockerContainer(self, f"nemo-cascade-{os.getpid()}-{secrets.token_hex(6)}", place.image)
@@ -135,7 +135,10 @@ class DockerContainer:
         )
 
     def begin(self, place: Place) -> None:
-        """Wait until it runs, remove what is hidden, find the user for commands, put files into the work folder."""
+        """Wait until it runs, remove what is hidden, find the user for commands, put files into the work folder.
+
+        The work folder is cleared as the image's user, who may remove what others may not.
+        """
         self._wait_ready()
         if place.hidden:
             removed = self._exec(["rm", "-rf", "--", *place.hidden], GRACE_S)
@@ -149,6 +152,10 @@ class DockerContainer:
             ran = self.run(unpack, self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
                 raise ContainerLost(f"the files cannot be unpacked: {ran.stderr.decode('utf-8', 'replace')[-200:]}")
+        if place.hide:
+            hidden = self._exec(["sh", "-c", place.hide], HIDE_S, user=())
+            if hidden.code != 0:
+                raise ContainerLost(f"the work folder cannot be cleared: {hidden.complaint or 'its time ran out'}")
 
     def _wait_ready(self) -> None:
         assert self._client.stdout is not None

@@ -28,11 +28,27 @@ LOADED_BY_THEMSELVES = ("conftest.py", "sitecustomize.py", "usercustomize.py")
 HIDDEN = ("/r2e_tests", "/root/r2e_tests", "/run_tests.sh", "/root/run_tests.sh")
 """Where R2E-Gym's images keep the tests that grade."""
 
-HIDE = """rm -rf r2e_tests run_tests.sh
-git checkout --quiet --detach && git for-each-ref --format='delete %(refname)' | git update-ref --stdin
-git remote | xargs -r -n 1 git remote remove; git reflog expire --expire=now --all; rm -f .git/FETCH_HEAD .git/ORIG_HEAD
-true"""
-"""Takes from an agent's repository what it should not find: R2E-Gym's tests, and names of later commits."""
+HIDE = r"""umask 022; set -e
+git() { command git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 "$@"; }
+rm -rf r2e_tests run_tests.sh
+base=$(git rev-parse --verify HEAD); at=$(git rev-parse --git-dir)
+git update-ref --no-deref HEAD "$base"
+git for-each-ref --format='delete %(refname)' | git update-ref --no-deref --stdin
+for name in $(git remote); do git remote remove "$name"; done
+rm -rf "$at"/logs "$at"/*_HEAD "$at"/worktrees "$at"/lost-found
+rm -rf "$at"/objects/info/commit-graph* "$at"/objects/pack/*.keep
+echo "$base" > "$at/shallow"
+git repack -a -d --quiet --window=0
+rm -f "$at/objects/info/alternates"
+git prune --expire=now
+left=$(git cat-file --batch-all-objects --batch-check='%(objecttype) %(objectname)' | grep -E '^(commit|tag) ')
+[ "$left" = "commit $base" ] || { echo "other commits than $base stay in $at" >&2; exit 1; }"""
+"""Takes from an agent's repository what it should not find: R2E-Gym's tests, and all commits but its first.
+
+The commits after it hold the repair, named or not: `git fsck --lost-found` finds what no name leads to. So the history
+ends at the base commit, which keeps its name, and only its own objects are packed again: a second where packing a whole
+history takes a minute for each rollout. Fails, with a word on standard error, unless it worked.
+"""
 
 HEADER = re.compile(rb"^(?:\+\+\+ b/|--- a/|rename to |rename from )([^\t\n]+)", re.MULTILINE)
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from nemo_cascade.reward.runtimes import (
     ENGINES,
     NAMES,
+    Choice,
     Container,
     ContainerEnded,
     ContainerLost,
     Machine,
     Place,
     Runtime,
-    first_engine,
 )
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
 from nemo_cascade.reward.swe.grading import BadInstance, Graded, grade_patch
@@ -36,6 +36,7 @@ from nemo_cascade.types import Invalid, Message, Outcome, Task, ToolCall, Transc
 
 log = logging.getLogger(__name__)
 REMEMBERED = 8192  # rollouts whose patch or verdict is kept
+REMEMBERED_BYTES = 2 << 30  # of their patches that have no verdict yet
 SETUP_S = 120.0  # for git on a large repository
 
 
@@ -69,8 +70,8 @@ class Settings:
 
 @dataclass
 class Ended:
-    """What a rollout left: its patch, or in words why there is none; how it ended; its verdicts by `truncated`, once
-    there are any.
+    """What a rollout left: its patch, or in words why there is none; how it ended; what the tests said, once they were
+    asked (`judging` is held meanwhile). The patch is dropped then: it may have 16 MiB.
     """
 
     patch: bytes = b""
@@ -79,7 +80,8 @@ class Ended:
     lost: str = ""
     reason: str = ""
     complete: threading.Event = field(default_factory=threading.Event)
-    outcomes: dict[bool, Outcome] = field(default_factory=dict)
+    judging: threading.Lock = field(default_factory=threading.Lock)
+    graded: Graded | None = None
 
 
 class ReleasedRows:
@@ -88,17 +90,19 @@ class ReleasedRows:
     def __init__(self, settings: Settings, runtime: Callable[[str], Runtime]) -> None:
         self.settings = settings
         self._runtime = runtime
+        self._choice = Choice(settings.runtime, settings.machine)
         self._ended: OrderedDict[str, Ended] = OrderedDict()
-        self._engine = ""
+        self._remembering = threading.Lock()
 
-    def start(self, task: Task, hidden: tuple[str, ...] = ()) -> Container:
-        """A container with the repository at its base commit; UserError when nothing here can run it."""
+    def start(self, task: Task, for_agent: bool = False) -> Container:
+        """A container with the repository at its base commit, for an agent without what it must not find.
+
+        UserError when nothing here can run it, ContainerLost when it is the row that cannot be run.
+        """
         truth, settings = task.truth, self.settings
         folder = folder_of(truth, settings.repositories)
         files = checkout(folder, str(truth["base_commit"])) if folder is not None else None
-        name = settings.runtime
-        if name == "auto":
-            name = "bubblewrap" if files is not None else self._first_engine()
+        name = self._choice.of(files is not None)
         if name == "bubblewrap" and files is None:
             raise UserError(
                 f"{task.id}: this row's repository lives in a container image, which bubblewrap cannot start; set "
@@ -113,22 +117,19 @@ class ReleasedRows:
                 "the row names no image (docker_image): join it with R2E-Gym-Subset, or set data.options.swe_agentic."
                 "image"
             )
-        return self._runtime(name).start(Place(image, files, hidden))
-
-    def _first_engine(self) -> str:
-        if not self._engine:
-            self._engine = first_engine(self.settings.machine)
-        return self._engine
+        return self._runtime(name).start(Place(image, files, HIDDEN, HIDE) if for_agent else Place(image, files))
 
     def begin(self, task: Task, max_turns: int) -> ReleasedEpisode:
         """A fresh container for one rollout."""
         return ReleasedEpisode(self, task, max_turns)
 
     def remember(self, key: str, ended: Ended) -> None:
-        """Keep what a rollout left for its verdict."""
-        self._ended[key] = ended
-        while len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
+        """Keep what a rollout left for its verdict. The oldest are forgotten, and played again when asked for."""
+        with self._remembering:
+            self._ended[key] = ended
+            size = sum(len(each.patch) for each in self._ended.values())
+            while len(self._ended) > 1 and (len(self._ended) > REMEMBERED or size > REMEMBERED_BYTES):
+                size -= len(self._ended.popitem(last=False)[1].patch)
 
     def score(self, task: Task, transcript: Transcript) -> Outcome:
         """The verdict of `verdict.py`; Invalid, too, where there is none because something of ours failed."""
@@ -138,9 +139,7 @@ class ReleasedRows:
                 return Invalid("the rollout's container did not give its patch away")
             if ended.lost:
                 return Invalid(ended.lost)
-            if transcript.truncated not in ended.outcomes:
-                ended.outcomes[transcript.truncated] = self._outcome(task, transcript, ended)
-            return ended.outcomes[transcript.truncated]
+            return self._outcome(task, transcript, ended)
         except (ContainerLost, BadInstance, UserError) as error:
             return Invalid(f"{task.id}: {error}")
 
@@ -169,10 +168,17 @@ class ReleasedRows:
         self.remember(transcript_key(task, transcript.messages, 0), episode.ended)
         return episode.ended
 
+    def _graded(self, task: Task, ended: Ended) -> Graded:
+        if ended.timed_out or ended.out_of_memory or ended.reason:
+            return Graded(False, ended.reason)
+        return grade_patch(lambda: self.start(task), task.truth, ended.patch, self.settings.tests_timeout_s)
+
     def _outcome(self, task: Task, transcript: Transcript, ended: Ended) -> Outcome:
-        graded = Graded(False, ended.reason)
-        if not ended.timed_out and not ended.out_of_memory and not ended.reason:
-            graded = grade_patch(lambda: self.start(task), task.truth, ended.patch, self.settings.tests_timeout_s)
+        with ended.judging:
+            if ended.graded is None:
+                ended.graded = self._graded(task, ended)
+                ended.patch = b""
+        graded = ended.graded
         reason = graded.reason
         if transcript.truncated and not graded.resolved:
             reason = f"truncated; {reason}"
@@ -203,10 +209,8 @@ class ReleasedEpisode:
         self._container: Container | None = None
         self._gone = False
         try:
-            self._container = owner.start(task, HIDDEN)
+            self._container = owner.start(task, for_agent=True)
             self.base = head(self._container, SETUP_S)
-            if folder_of(task.truth, owner.settings.repositories) is None:
-                self._container.run(["sh", "-c", HIDE], SETUP_S)
         except ContainerLost as error:
             self.ended.lost = f"{task.id}: {error}"
 

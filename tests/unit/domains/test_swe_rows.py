@@ -12,6 +12,8 @@ import pytest
 
 from nemo_cascade.domains import Services
 from nemo_cascade.domains.swe_agentic import SweAgentic
+from nemo_cascade.reward import repository as repository_module
+from nemo_cascade.reward.swe import released
 from nemo_cascade.types import Invalid, Message, Scored, Task, ToolCall, Transcript, UserError
 from tests.unit.domains.swe_rows import DONE, FAULT, REPAIR, TEST_PATCH, edit, plant, play, repository, row, turn
 
@@ -203,6 +205,25 @@ def test_a_stored_rollout_is_played_again(services: Services, domain: SweAgentic
     assert other.score(task, Transcript(said)) == domain.score(task, Transcript(said)) == first == ALL_PASS
 
 
+def test_patches_do_not_pile_up(
+    services: Services, domain: SweAgentic, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the tests have judged is dropped, and still has both verdicts; the others are bounded in bytes."""
+    fresh = SweAgentic(services, dict(domain.options))
+    outcome, answers = play(fresh, task, [GOOD, DONE])
+    said = (GOOD, Message("tool", answers[0]), DONE)
+    (ended,) = fresh.released._ended.values()
+    assert outcome == ALL_PASS and ended.patch == b""
+    monkeypatch.setattr(fresh.released, "start", None)  # nothing is started for the second verdict
+    assert fresh.score(task, Transcript(said)) == ALL_PASS
+    cut_off = fresh.score(task, Transcript(said, truncated=True))
+    assert cut_off == Invalid("resolved, but cut off by the limit on turns or context")
+    monkeypatch.setattr(released, "REMEMBERED_BYTES", 1000)
+    for key in "abcd":
+        fresh.released.remember(key, released.Ended(patch=bytes(400)))
+    assert list(fresh.released._ended) == ["c", "d"]
+
+
 def test_limits_of_commands_and_outputs(services: Services, domain: SweAgentic, task: Task) -> None:
     options = {**domain.options, "command_timeout_s": 4.0, "output_chars": 200}
     episode = SweAgentic(services, options).begin(task)
@@ -340,7 +361,28 @@ def test_rows_that_cannot_be_graded_are_no_fault_of_the_answer(
     assert isinstance(outcome, Invalid) and reason in outcome.reason
 
 
-def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Path, str], domain: SweAgentic) -> None:
+def test_a_row_without_a_checkout_loses_its_own_rollouts_only(
+    domain: SweAgentic, clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder or a commit that is not there, and git on a busy machine: no verdict, and the stage goes on."""
+    monkeypatch.setattr(repository_module, "GIT_SECONDS", 0.0)
+    slow = domain.parse_row(row(clone[1][:12], instance_id="slow-1"), "rows:1")
+    assert played(domain, slow).endswith(f"base_commit {clone[1][:12]}: git rev-parse: no end within 0 s")
+    monkeypatch.undo()
+    nowhere = domain.parse_row(row(clone[1], instance_id="nowhere-1", repo_path="/no/such/folder"), "rows:1")
+    assert "repo_path: no folder /no/such/folder" in played(domain, nowhere)
+    assert f"acme__shop, base_commit {'0' * 40}: git" in played(domain, domain.parse_row(row("0" * 40), "rows:1"))
+
+
+def played(domain: SweAgentic, task: Task) -> str:
+    """Why a rollout of this task and its stored copy are Invalid: the same reason."""
+    outcome, answers = play(domain, task, [GOOD, DONE])
+    stored = domain.score(task, Transcript((GOOD, Message("tool", "ok"), DONE)))
+    assert isinstance(outcome, Invalid) and outcome == stored and answers == []
+    return outcome.reason
+
+
+def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Path, str]) -> None:
     plain = SweAgentic(services, {"runtime": "bubblewrap"})
     task = plain.parse_row(row(clone[1]), "rows:1")
     with pytest.raises(
@@ -349,12 +391,6 @@ def test_what_is_missing_is_said_in_one_line(services: Services, clone: tuple[Pa
         plain.begin(task)
     said = Transcript((turn("run", command="ls"), Message("tool", ""), DONE))
     assert isinstance(plain.score(task, said), Invalid)
-    nowhere = plain.parse_row(row(clone[1], repo_path="/no/such/folder"), "rows:1")
-    with pytest.raises(UserError, match=r"repo_path: no folder /no/such/folder"):
-        plain.begin(nowhere)
-    lost = domain.parse_row(row("0" * 40), "rows:1")
-    with pytest.raises(UserError, match=r"acme__shop, base_commit 0{40}: git"):
-        domain.begin(lost)
     bare = SweAgentic(services, {"repositories": str(clone[0].parent), "packages": "/usr/bin"})
     with pytest.raises(UserError, match=r"packages: /usr/bin has no pytest.*pip install pytest"):
         bare.begin(bare.parse_row(row(clone[1]), "rows:1"))

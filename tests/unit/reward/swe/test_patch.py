@@ -5,8 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from nemo_cascade.reward.repository import git
-from nemo_cascade.reward.swe.patch import model_patch_command, sources_of
+import pytest
+
+from nemo_cascade.reward.repository import git, repository_files
+from nemo_cascade.reward.runtimes import ContainerLost, Machine, Place, load
+from nemo_cascade.reward.sandbox import File
+from nemo_cascade.reward.swe.patch import changes, head, model_patch_command, sources_of
 
 REACH = ("a.py", "src/a.py", "pkg/testing.py", "contest.py", "docs/pytest.ini.md", "latest/a.py", "we?rd.py")
 STAY = (
@@ -46,3 +50,30 @@ def test_what_reaches_the_tests_and_what_stays(tmp_path: Path) -> None:
     assert sources == ["checks/ours.py", "pkg/test_a.py", "setup.cfg"]
     known = applied(tmp_path / "known", model_patch_command(NAMED, sources), patches["known"])
     assert known == {*REACH, "setup.cfg", "pkg/test_a.py"}
+
+
+def test_git_that_fails_for_us_is_no_patch_and_no_verdict() -> None:
+    """No repository to start from, or no end in time: the container is lost. What the agent breaks is its own fault."""
+    runtime = load("bubblewrap", Machine(memory_mb=1024, scratch_mb=64))
+    bare = runtime.start(Place(files={"a.txt": File(b"one\n")}))
+    try:
+        with pytest.raises(ContainerLost, match=r"git finds no commit to start from: fatal: .*not a git repository"):
+            head(bare, 20.0)
+    finally:
+        bare.stop()
+    container = runtime.start(Place(files=repository_files({"a.txt": "one\n", "b.txt": "two\n"})))
+    try:
+        base = head(container, 20.0)
+        container.write("a.txt", b"three\n")
+        patch = changes(container, base, 20.0)
+        assert isinstance(patch, bytes) and patch.endswith(b"-one\n+three\n")
+        container.write(".gitattributes", b"a.txt filter=slow\n")
+        container.run(["git", "config", "filter.slow.clean", "sleep 30"], 20.0)
+        container.run(["touch", "a.txt"], 20.0)
+        with pytest.raises(ContainerLost, match="git add did not end within 1 s"):
+            changes(container, base, 1.0)
+        container.run(["rm", "-rf", ".git"], 20.0)
+        refused = changes(container, base, 20.0)
+        assert isinstance(refused, str) and refused.startswith("git finds no patch: fatal: ")
+    finally:
+        runtime.close()

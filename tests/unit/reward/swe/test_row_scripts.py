@@ -201,6 +201,19 @@ def test_a_row_that_cannot_run_says_how_it_could(services: Services, row: dict[s
     assert (alike.reward, alike.reason) == (1.0, "the gold patch")
 
 
+def test_a_row_without_shown_files_is_no_fault_of_its_answers(services: Services, row: dict[str, Json]) -> None:
+    metadata = {**row["metadata"], "relevant_file_contents": {}}
+    outcome = scored(services, {**row, "metadata": metadata}, patch("    return a + b"))
+    reason = "the row has no relevant_file_contents, and a patch must be applied to something"
+    assert outcome == Invalid(f"owner__calc-1: {reason}")
+
+
+def test_a_commit_that_the_clone_lacks_is_no_verdict(services: Services, row: dict[str, Json]) -> None:
+    instance = {**row["instance"], "base_commit": "0" * 40}
+    outcome = scored(services, {**row, "instance": instance}, patch("    return a + b"))
+    assert isinstance(outcome, Invalid) and f"base_commit {'0' * 40}: git rev-parse" in outcome.reason
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["docker", "apptainer"])
 def test_an_image_of_an_engine_runs_the_row(engines: Path, row: dict[str, Json], engine: str) -> None:
