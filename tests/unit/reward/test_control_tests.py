@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.control_tests import Control, apart, controls, mixed
 
 PATH = "tests/test_it.py"
 TEXT = """import unittest
@@ -84,3 +84,70 @@ def test_a_file_that_is_no_python_has_no_controls() -> None:
 def test_a_coroutine_is_a_test_like_any_other() -> None:
     text = "async def test_a():\n    assert await f() == 1\n"
     assert controls({"t.py": text}, ["t.py::test_a"]) == ({"t.py": text.replace("1", "2")}, ["t.py::test_a"])
+
+
+NANO = "from a import cat\n\n\ndef test_cat():\n" + "".join(f"    assert cat({x}) == {x - 2}\n" for x in (5, 11, 20))
+
+
+def run(control: Control, cat: object) -> dict[str, bool]:
+    """The verdict of each test of a control when `cat` is under test."""
+    space: dict[str, object] = {}
+    exec(control.files["t.py"].partition("\n")[2], space)  # noqa: S102 - the test's own text
+    space["cat"] = cat
+    verdicts = {}
+    for test in (*control.wrong, *control.right):
+        try:
+            space[test.partition("::")[2]]()  # type: ignore[operator]
+            verdicts[test] = True
+        except AssertionError:
+            verdicts[test] = False
+    return verdicts
+
+
+def test_copies_are_right_or_wrong_by_chance() -> None:
+    controls_made = [mixed({"t.py": NANO}, ["t.py::test_cat"]) for _ in range(8)]
+    for control in controls_made:
+        assert len(control.wrong) + len(control.right) == 5 and control.wrong and control.right
+        assert set(control.wrong.values()) == set(control.right.values()) == {"t.py::test_cat"}
+        assert control.betrayed(run(control, lambda x: x - 2).get) == ""
+        for dishonest in (lambda x: x + 2, lambda x: {5: 3, 11: 9, 20: 19}[x]):
+            assert control.betrayed(run(control, dishonest).get) != ""
+    assert len({tuple(control.files) + tuple(control.wrong) for control in controls_made}) == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"), [("def cat(x): return x+2\n", lambda x: x * 2), ("def cat(x): return x*2\n", lambda x: x + 2)]
+)
+def test_expectations_apart_follow_the_rule_that_nobody_has_seen(source: str, rule: object) -> None:
+    control = apart({"t.py": NANO}, ["t.py::test_cat"], (), [source])
+    assert len(control.wrong) == 3 and not control.right
+    assert set(run(control, rule).values()) == {True}
+    assert set(run(control, lambda x: x - 2).values()) == {False}
+    assert control.betrayed(run(control, lambda x: x - 2).get) == ""
+    knows_one = run(control, lambda x: 3 if x == 5 else rule(x))  # type: ignore[operator]
+    assert sum(knows_one.values()) == 2
+    assert control.betrayed(knows_one.get) == "t.py::test_cat: passes with a wrong expectation, too"
+
+
+def test_expectations_without_a_rule_change_one_by_one() -> None:
+    text = "def test_a():\n    x = 1\n    assert f(x) == 1\n    assert g() == 'a'\n"
+    control = apart({"t.py": text}, ["t.py::test_a"], ["t.py::test_b"])
+    names = [test.partition("::")[2] for test in control.wrong]
+    assert control.files["t.py"] == (
+        f"def {names[0]}():\n    x = 1\n    assert f(x) == 2\n\ndef {names[1]}():\n    x = 1\n    assert g() == 'a~'\n"
+    )
+    assert control.right == {"t.py::test_b": "t.py::test_b"}
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ({"w": False, "v": False, "r": True}, ""),
+        ({"w": False, "v": True, "r": True}, "test_v: passes with a wrong expectation, too"),
+        ({}, "test_w: no result with a wrong expectation"),
+        ({"w": False, "v": False}, "test_r: passes, but not beside tests with a wrong expectation"),
+        ({"w": False, "v": False, "r": False}, "test_r: passes, but not beside tests with a wrong expectation"),
+    ],
+)
+def test_a_control_run_needs_every_result(results: dict[str, bool], said: str) -> None:
+    assert Control({}, {"w": "test_w", "v": "test_v"}, {"r": "test_r"}).betrayed(results.get) == said
