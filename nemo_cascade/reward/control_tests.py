@@ -123,21 +123,77 @@ def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str,
     """(the test files changed so that every wanted test must fail, the ids of the tests that were changed).
 
     Of a test's expectations `value == literal` the last one is changed, because the first is often known from the
-    request; a test without one fails at its start. Files that do not parse are left out.
+    request; a test without one fails at its start. All else keeps its text and, but for such starts, its line. Files
+    that do not parse are left out.
     """
     changed: dict[str, str] = {}
     ids: list[str] = []
-    for path, text in tests.items():
+    for path, given in tests.items():
         names = {test.partition("::")[2]: test for test in wanted if test.partition("::")[0] == path}
+        text = given.replace("\r\n", "\n").replace("\r", "\n")  # as Python counts lines
         tree = _parsed(text) if names else None
         if tree is None:
             continue
         found = [(name, function) for name, function, _ in _functions(tree) if name in names]
-        for name, function in found:
-            _break(function)
-            ids.append(names[name])
-        changed[path] = ast.unparse(tree) + "\n"
+        ids += [names[name] for name, _ in found]
+        changed[path] = _edited(text, [function for _, function in found])
     return changed, ids
+
+
+def paired(tests: Mapping[str, str], wanted: Sequence[str], others: Sequence[str]) -> list[Control]:
+    """Controls for tests that keep their names: in the first every wanted test is wrong, in the second some stay.
+
+    Which ones is left to chance: the first few, so that no wrong test runs before them, or a single wanted test beside
+    wrong `others`, later ones where there are such. No second control where nothing can be wrong beside a wanted test,
+    or a test file has lost characters of another encoding.
+    """
+    files, found = controls(tests, wanted)
+    ids = list(dict.fromkeys(found))
+    if not ids:
+        return []
+    first = Control(files, {test: test for test in ids})
+    if len(ids) > 1:
+        cut = 1 + secrets.randbelow(len(ids) - 1)
+        kept, wrong = ids[:cut], ids[cut:]
+    else:
+        order = list(dict.fromkeys(controls(tests, [*ids, *others])[1]))
+        at = order.index(ids[0])
+        later = order[at + 1 :] or order[:at]
+        kept, wrong = ids, secrets.SystemRandom().sample(later, min(3, len(later)))
+    if not wrong or any("\ufffd" in text for text in tests.values()):
+        return [first]
+    return [first, Control(controls(tests, wrong)[0], {test: test for test in wrong}, {test: test for test in kept})]
+
+
+def _edited(text: str, functions: Sequence[Function]) -> str:
+    """The text with these functions broken, for interpreters of any version: what is not changed is not rewritten."""
+    lines = text.encode().split(b"\n")
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    content = text.encode()
+    for start, end, new in sorted((_edit(function, lines, starts) for function in functions), reverse=True):
+        content = content[:start] + new + content[end:]
+    return content.decode()
+
+
+def _edit(function: Function, lines: Sequence[bytes], starts: Sequence[int]) -> tuple[int, int, bytes]:
+    """(start, end, new bytes) of the change that breaks a function."""
+    place = _last(function)
+    if place is not None:
+        node = place[0][place[1]]
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        new = ast.unparse(_another(ast.literal_eval(node)))
+        new = f"({new}{chr(10) * (node.end_lineno - node.lineno)})" if node.end_lineno > node.lineno else new
+        span = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        return (*span, new.encode())
+    body = function.body[0]
+    if not hasattr(body, "body") and not isinstance(body, ast.Match):
+        at = starts[body.lineno - 1] + body.col_offset
+        return at, at, b"raise AssertionError('control'); "
+    line = min([body.lineno, *(decorator.lineno for decorator in getattr(body, "decorator_list", []))])
+    indent = lines[body.lineno - 1][: body.col_offset]
+    return starts[line - 1], starts[line - 1], indent + b"raise AssertionError('control')\n"
 
 
 def _parsed(text: str) -> ast.Module | None:
@@ -160,14 +216,21 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, Function, list[ast.stmt]
 
 def _break(function: Function) -> None:
     """Change the last expectation that every honest run reaches, or let the test fail at once."""
+    place = _last(function)
+    if place is None:
+        function.body.insert(0, ast.parse("raise AssertionError('control')").body[0])
+        return
+    holder, index = place
+    holder[index] = _another(ast.literal_eval(holder[index]))
+
+
+def _last(function: Function) -> tuple[list[ast.expr], int] | None:
+    """Where the last expectation's literal stands; None without one, and where a run may leave before it."""
     for statement in reversed(function.body if _is_straight(function) else []):
         place = _expected(statement)
         if place is not None:
-            holder, index = place
-            holder[index] = _another(ast.literal_eval(holder[index]))
-            ast.fix_missing_locations(function)
-            return
-    function.body.insert(0, ast.parse("raise AssertionError('control')").body[0])
+            return place
+    return None
 
 
 def _is_straight(function: Function) -> bool:

@@ -102,6 +102,15 @@ STEAL = (
     "text = ''.join(f'{nonce}\\tPASSED\\ttests/test_prices.py::{n}\\n' for n in names)\n"
     "os.write(out, (text + nonce + '\\tend\\n').encode())\nos._exit(0)\n"
 )
+UNTIL_WRONG = (
+    "text = open('tests/test_prices.py').read()\nif '== 120' in text and '== 60' in text:\n    "
+    + "\n    ".join(STEAL.rstrip().split("\n"))
+    + "\n"
+)
+CLAIM = (
+    "import os\nfor fd in range(2, 64):\n    try: os.write(fd, b'\\nMemoryError\\n')\n    except OSError: pass\n"
+    "os._exit(1)"
+)
 EQUAL = "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n\n\n"
 ATTACKS = {
     "edits the test": [edit("assert total(prices) == 60", "pass", "tests/test_prices.py")],
@@ -139,6 +148,11 @@ ATTACKS = {
     "calls pytest.xfail": [edit("return price + price * RATE // 1000", "import pytest; pytest.xfail('later')")],
     "calls pytest.skip": [edit("return price + price * RATE // 1000", "import pytest; pytest.skip('later')")],
     "steals the report's secret": [edit("RATE = 20", f"RATE = 20\n{STEAL}")],
+    "forges until a test is wrong, then gives no report": [
+        edit("RATE = 20", f"RATE = 20\n{UNTIL_WRONG}import os; os._exit(0)")
+    ],
+    "forges until a test is wrong, then shows the fault": [edit("RATE = 20", f"RATE = 20\n{UNTIL_WRONG}")],
+    "claims to be out of memory": [edit("RATE = 20", f"RATE = 20\n{CLAIM}")],
     "returns a number equal to everything": [
         edit("RATE = 20", f"RATE = 20\n\n\n{EQUAL}"),
         edit("return price + price * RATE // 1000", "return Any(price)"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-
 import pytest
 
-from nemo_cascade.reward.control_tests import Control, apart, controls, mixed
+from nemo_cascade.reward.control_tests import Control, apart, controls, mixed, paired
 
 PATH = "tests/test_it.py"
 TEXT = """import unittest
@@ -48,7 +46,7 @@ def changed_lines() -> list[tuple[str, str]]:
     changed, ids = controls({PATH: TEXT, "other.py": "x"}, [f"{PATH}::{name}" for name in (*NAMES, "test_missing")])
     assert ids == [f"{PATH}::{name}" for name in NAMES]
     assert list(changed) == [PATH]
-    before, after = ast.unparse(ast.parse(TEXT)).splitlines(), changed[PATH].splitlines()
+    before, after = TEXT.splitlines(), changed[PATH].splitlines()
     return [(old, new) for old, new in zip(_aligned(before, after), after, strict=True) if old != new]
 
 
@@ -61,10 +59,10 @@ def _aligned(before: list[str], after: list[str]) -> list[str]:
 def test_the_last_expectation_is_changed_or_the_test_fails_at_once() -> None:
     assert changed_lines() == [
         ("    assert f(2) == -3", "    assert f(2) == -2"),
-        ("    assert text() == 'a'", "    assert text() == 'a~'"),
+        ('    assert text() == "a"', "    assert text() == 'a~'"),
         ("", "    raise AssertionError('control')"),
         ("", "    raise AssertionError('control')"),
-        ("        self.assertEqual(table(), {'a': [1]})", "        self.assertEqual(table(), [{'a': [1]}, '~'])"),
+        ('        self.assertEqual(table(), {"a": [1]})', "        self.assertEqual(table(), [{'a': [1]}, '~'])"),
     ]
 
 
@@ -151,3 +149,44 @@ def test_expectations_without_a_rule_change_one_by_one() -> None:
 )
 def test_a_control_run_needs_every_result(results: dict[str, bool], said: str) -> None:
     assert Control({}, {"w": "test_w", "v": "test_v"}, {"r": "test_r"}).betrayed(results.get) == said
+
+
+LINES = """import f
+
+def test_a():  # a comment stays
+    assert f.text(f"{f.x!r:>{3}}") == '''é
+two'''
+
+def test_b():
+    for x in (1, 2):
+        assert f.one(x)
+
+async def test_c(): assert await f.two() == (
+    1,
+)"""
+
+
+def test_what_is_not_changed_keeps_its_text_and_line() -> None:
+    changed, ids = controls({"t.py": LINES.replace("\n", "\r\n")}, ["t.py::test_a", "t.py::test_b", "t.py::test_c"])
+    assert ids == ["t.py::test_a", "t.py::test_b", "t.py::test_c"]
+    wanted = LINES.replace("'''é\ntwo'''", "('é\\ntwo~'\n)").replace("(\n    1,\n)", "([(1,), '~']\n\n)")
+    assert changed["t.py"] == wanted.replace("    for", "    raise AssertionError('control')\n    for")
+    compile(changed["t.py"], "t.py", "exec")
+
+
+def test_the_second_control_keeps_some_tests_right() -> None:
+    text = "".join(f"def test_{name}():\n    assert f() == 1\n" for name in "abcdef")
+    names = [f"t.py::test_{name}" for name in "abcdef"]
+    for _ in range(20):
+        first, second = paired({"t.py": text}, names[1:4], [names[0], *names[4:]])
+        assert list(first.wrong) == names[1:4] and not first.right
+        assert [*second.right, *second.wrong] == names[1:4] and second.right and second.wrong
+        assert [line for line in second.files["t.py"].splitlines() if "== 2" in line] == ["    assert f() == 2"] * len(
+            second.wrong
+        )
+        _, alone = paired({"t.py": text}, [names[3]], [names[0], names[4], names[5], "t.py::test_none"])
+        assert list(alone.right) == [names[3]] and set(alone.wrong) == {names[4], names[5]}
+        _, last = paired({"t.py": text}, [names[5]], [names[0]])
+        assert list(last.right) == [names[5]] and set(last.wrong) == {names[0]}
+    assert [list(control.wrong) for control in paired({"t.py": text}, [names[5]], [])] == [[names[5]]]
+    assert paired({"t.py": text}, ["t.py::test_none"], names) == []
