@@ -23,6 +23,7 @@ from nemo_cascade.types import Json
 
 FIXTURES = ("setUp", "tearDown", "setup_method", "teardown_method")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Status = Callable[[str, Mapping[str, str]], str]  # of a row's test id, among statuses by id
 COPIES = 5  # of a test in `mixed`: right or wrong by chance, 30 patterns that hold both
 OPERATIONS: Mapping[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -47,6 +48,19 @@ class Control:
                 return f"{origin}: no result with a wrong expectation"
         lost = next((origin for test, origin in self.right.items() if not passed(test)), "")
         return f"{lost}: passes, but not beside tests with a wrong expectation" if lost else ""
+
+    def betrayed_by(self, wanted: Sequence[str], statuses: Mapping[str, str], status: Status) -> str:
+        """The same of pytest's statuses by test id. `wanted`: the ids that count, with their parameters: those of a
+        right test must all have passed, of a wrong test none.
+        """
+
+        def passed(test: str) -> bool | None:
+            if test in self.right:
+                return all(status(one, statuses) == "PASSED" for one in wanted if _base(one) == test)
+            found = [said for name, said in statuses.items() if _base(name) == test]
+            return "PASSED" in found if found else None
+
+        return self.betrayed(passed)
 
 
 def mixed(tests: Mapping[str, str], wanted: Sequence[str]) -> Control:
@@ -143,11 +157,11 @@ def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str,
 def paired(tests: Mapping[str, str], wanted: Sequence[str], others: Sequence[str]) -> list[Control]:
     """Controls for tests that keep their names: in the first every wanted test is wrong, in the second some stay.
 
-    Which ones is left to chance: the first few, so that no wrong test runs before them, or a single wanted test beside
+    Given ids may have parameters, a control's have none. Which of them stay is left to chance: the first few, so that no wrong test runs before them, or a single wanted test beside
     wrong `others`, later ones where there are such. No second control where nothing can be wrong beside a wanted test,
     or a test file has lost characters of another encoding.
     """
-    files, found = controls(tests, wanted)
+    files, found = controls(tests, [*map(_base, wanted)])
     ids = list(dict.fromkeys(found))
     if not ids:
         return []
@@ -156,13 +170,17 @@ def paired(tests: Mapping[str, str], wanted: Sequence[str], others: Sequence[str
         cut = 1 + secrets.randbelow(len(ids) - 1)
         kept, wrong = ids[:cut], ids[cut:]
     else:
-        order = list(dict.fromkeys(controls(tests, [*ids, *others])[1]))
+        order = list(dict.fromkeys(controls(tests, [*ids, *map(_base, others)])[1]))
         at = order.index(ids[0])
         later = order[at + 1 :] or order[:at]
         kept, wrong = ids, secrets.SystemRandom().sample(later, min(3, len(later)))
     if not wrong or any("\ufffd" in text for text in tests.values()):
         return [first]
     return [first, Control(controls(tests, wrong)[0], {test: test for test in wrong}, {test: test for test in kept})]
+
+
+def _base(test: str) -> str:
+    return test.partition("[")[0]
 
 
 def _edited(text: str, functions: Sequence[Function]) -> str:

@@ -71,28 +71,15 @@ def grade_repair(
         outcome = judged(wanted, statuses)
         if outcome.reward == 0.0:
             return outcome
-        bases = [list(dict.fromkeys(test.partition("[")[0] for test in tests)) for tests in wanted.values()]
-        passed = [test for test in bases[1] if _result(test, [], statuses)]
-        for control in paired(texts, bases[0], passed):
-            kept = [test for test in wanted["FAIL_TO_PASS"] if test.partition("[")[0] in control.right]
+        passed = [test for test in wanted["PASS_TO_PASS"] if _status(test, statuses) == "PASSED"]
+        for control in paired(texts, wanted["FAIL_TO_PASS"], passed):
             again, _ = _tested(start, truth, diff, seconds, control.files)
-            betrayed = control.betrayed(lambda test, kept=kept, again=again: _result(test, kept, again))
+            betrayed = control.betrayed_by(wanted["FAIL_TO_PASS"], again, _status)
             if betrayed:
                 return _zero(betrayed)
     except _Failed as failed:
         return Invalid(f"{truth['instance_id']}: {failed.reason}") if failed.ours else _zero(failed.reason)
     return outcome
-
-
-def _result(base: str, kept: Sequence[str], statuses: Mapping[str, str]) -> bool | None:
-    """Whether a test, named without parameters, has passed; None without a result. Of one that has tests in `kept`, all
-    those must have passed, of another one any.
-    """
-    own = [test for test in kept if test.partition("[")[0] == base]
-    if own:
-        return all(_status(test, statuses) == "PASSED" for test in own)
-    found = [status for test, status in statuses.items() if test.partition("[")[0] == base]
-    return "PASSED" in found if found else None
 
 
 def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, seconds: float) -> Outcome:

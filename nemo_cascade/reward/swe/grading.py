@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_cascade.reward.control_tests import Control, paired
+from nemo_cascade.reward.control_tests import paired
 from nemo_cascade.reward.runtimes import Container, ContainerEnded, ContainerLost, Ran
 from nemo_cascade.reward.swe import pytest_runner
 from nemo_cascade.reward.swe.instance import R2E_TESTS
@@ -83,34 +83,21 @@ def _graded(start: Callable[[], Container], instance: Mapping[str, Json], patch:
     if not graded.resolved:
         return graded
     trusted = _passed(instance.get("FAIL_TO_PASS") or [*statuses], statuses)
-    for control in paired(tests, _bases(trusted), _bases(_passed(instance.get("PASS_TO_PASS") or [], statuses))):
-        kept = [test for test in trusted if test.partition("[")[0] in control.right]
+    for control in paired(tests, trusted, _passed(instance.get("PASS_TO_PASS") or [], statuses)):
         with _attempt(start) as attempt:
             attempt.prepare(instance, patch)
             for path, text in control.files.items():
                 attempt.container.write(path, text.encode())
-            files = dict.fromkeys([*control.files, *(test.partition("::")[0] for test in kept)])
+            files = dict.fromkeys([*control.files, *(test.partition("::")[0] for test in control.right)])
             again = attempt.statuses([EVERY_TEST, *files], seconds)
         if isinstance(again, Graded):
             return again
         if not again:
             return Graded(False, "no report of the tests with a wrong expectation", graded.parts)
-        betrayed = _betrayed(control, kept, again)
+        betrayed = control.betrayed_by(trusted, again, _status)
         if betrayed:
             return Graded(False, betrayed[:200], graded.parts)
     return graded
-
-
-def _betrayed(control: Control, kept: Sequence[str], statuses: Mapping[str, str]) -> str:
-    """Why the run of a control is dishonest, "" when it is not. `kept`: its right tests, with their parameters."""
-
-    def passed(test: str) -> bool | None:
-        if test in control.right:
-            return all(_status(one, statuses) == "PASSED" for one in kept if one.partition("[")[0] == test)
-        found = [status for name, status in statuses.items() if name.partition("[")[0] == test]
-        return "PASSED" in found if found else None
-
-    return control.betrayed(passed)
 
 
 @contextmanager
@@ -261,11 +248,6 @@ def _status(test: str, statuses: Mapping[str, str]) -> str:
 def _passed(tests: Sequence[Json], statuses: Mapping[str, str]) -> list[str]:
     """The tests of a list that passed."""
     return [str(test) for test in tests if _status(str(test), statuses) == "PASSED"]
-
-
-def _bases(tests: Sequence[str]) -> list[str]:
-    """Test ids without their parameters."""
-    return list(dict.fromkeys(test.partition("[")[0] for test in tests))
 
 
 def _test_files(instance: Mapping[str, Json]) -> list[str]:

@@ -154,7 +154,7 @@ def test_a_control_run_needs_every_result(results: dict[str, bool], said: str) -
 LINES = """import f
 
 def test_a():  # a comment stays
-    assert f.text(f"{f.x!r:>{3}}") == '''é
+    assert f.text(f"{f.x!r:>{3}}") == '''\u00e9
 two'''
 
 def test_b():
@@ -169,7 +169,7 @@ async def test_c(): assert await f.two() == (
 def test_what_is_not_changed_keeps_its_text_and_line() -> None:
     changed, ids = controls({"t.py": LINES.replace("\n", "\r\n")}, ["t.py::test_a", "t.py::test_b", "t.py::test_c"])
     assert ids == ["t.py::test_a", "t.py::test_b", "t.py::test_c"]
-    wanted = LINES.replace("'''é\ntwo'''", "('é\\ntwo~'\n)").replace("(\n    1,\n)", "([(1,), '~']\n\n)")
+    wanted = LINES.replace("'''\u00e9\ntwo'''", "('\u00e9\\ntwo~'\n)").replace("(\n    1,\n)", "([(1,), '~']\n\n)")
     assert changed["t.py"] == wanted.replace("    for", "    raise AssertionError('control')\n    for")
     compile(changed["t.py"], "t.py", "exec")
 
@@ -190,3 +190,18 @@ def test_the_second_control_keeps_some_tests_right() -> None:
         assert list(last.right) == [names[5]] and set(last.wrong) == {names[0]}
     assert [list(control.wrong) for control in paired({"t.py": text}, [names[5]], [])] == [[names[5]]]
     assert paired({"t.py": text}, ["t.py::test_none"], names) == []
+    assert list(paired({"t.py": text}, [f"{names[0]}[x y]", f"{names[0]}[1]"], [])[0].wrong) == [names[0]]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ({"a[1]": "PASSED", "a[2]": "FAILED", "b[1]": "FAILED"}, ""),
+        ({"a[1]": "PASSED", "b[1]": "ERROR", "b[2]": "PASSED"}, "b: passes with a wrong expectation, too"),
+        ({"a[1]": "PASSED"}, "b: no result with a wrong expectation"),
+        ({"a[1]": "XFAIL", "b": "FAILED"}, "a: passes, but not beside tests with a wrong expectation"),
+    ],
+)
+def test_statuses_of_a_control_run(statuses: dict[str, str], said: str) -> None:
+    control = Control({}, {"b": "b"}, {"a": "a"})
+    assert control.betrayed_by(["a[1]", "b[1]"], statuses, lambda test, found: found.get(test, "")) == said
