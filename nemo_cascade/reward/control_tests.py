@@ -157,9 +157,9 @@ def controls(tests: Mapping[str, str], wanted: Sequence[str]) -> tuple[dict[str,
 def paired(tests: Mapping[str, str], wanted: Sequence[str], others: Sequence[str]) -> list[Control]:
     """Controls for tests that keep their names: in the first every wanted test is wrong, in the second some stay.
 
-    Given ids may have parameters, a control's have none. Which of them stay is left to chance: the first few, so that no wrong test runs before them, or a single wanted test beside
+    Which ones is left to chance: the first few, so that no wrong test runs before them, or a single wanted test beside
     wrong `others`, later ones where there are such. No second control where nothing can be wrong beside a wanted test,
-    or a test file has lost characters of another encoding.
+    or a test file has lost characters of another encoding. Given ids may have parameters, a control's have none.
     """
     files, found = controls(tests, [*map(_base, wanted)])
     ids = list(dict.fromkeys(found))
