@@ -227,7 +227,7 @@ class SweAgentic(SingleTurn):
             messages = rows.input_messages(row, row_id)
         settings = self.released.settings
         once = settings.machine.start_seconds + settings.tests_timeout_s
-        self.verdict_deadline_s = 2 * once + 600.0  # the tests, the control run, and git
+        self.verdict_deadline_s = 3 * once + 600.0  # the tests, two control runs, and git
         return Task(str(truth["instance_id"]), self.name, messages, tuple(workspace.TOOLS.values()), False, truth)
 
     def begin(self, task: Task) -> WorkingCopy | ReleasedEpisode:

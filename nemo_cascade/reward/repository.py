@@ -5,11 +5,12 @@ What a patch cannot do: edit the tests (they are restored from the base), end th
 fail), print or write forged results (they carry a nonce), shadow the standard library (it comes first on the path)
 or replace unittest's methods (they are compared afterwards). Not covered: tests and patched code share an
 interpreter, so code that searches the interpreter's frames, or returns an object equal to everything, can cheat a
-test that lets it.
+test that lets it. `grade_files` finds such code with tests that must fail (`control_tests.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_cascade.reward import repository_runner
-from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.control_tests import apart, mixed
 from nemo_cascade.reward.sandbox import DEFAULT_LIMITS, File, Files, Limits, Sandbox, Session, read_tree
 from nemo_cascade.types import Invalid, Outcome, Scored, UserError
 
@@ -57,12 +58,13 @@ class RepositoryTask:
 
 @dataclass(frozen=True)
 class TestResult:
-    """One test: `message` is the last line of its failure, for an agent to read."""
+    """One test: `message` is the last line of its failure, for an agent to read. Not `reported`: there is no result."""
 
     __test__ = False
     id: str
     passed: bool
     message: str = ""
+    reported: bool = True
 
 
 def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
@@ -144,7 +146,7 @@ def run_tests(
     why = {"ok": "no result", "cpu_time": f"more than {limits.cpu_seconds:g} s of CPU"}.get(
         result.status, result.status
     )
-    return [results.get(test, TestResult(test, False, why)) for test in tests]
+    return [results.get(test, TestResult(test, False, why, reported=False)) for test in tests]
 
 
 def _read_report(text: str, nonce: str) -> dict[str, TestResult]:
@@ -179,23 +181,30 @@ def grade(sandbox: Sandbox, task: RepositoryTask, files: Mapping[str, str], limi
 
 
 def grade_files(sandbox: Sandbox, task: RepositoryTask, files: Files, limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """`grade_session` on a sandbox with these files; what passes must fail `control_tests` in a sandbox of its own."""
+    """`grade_session` on a sandbox with these files; what passes must fail `control_tests`, each in a new sandbox."""
     with sandbox.session(files) as session:
         outcome = grade_session(session, task, limits)
     if isinstance(outcome, Invalid) or outcome.reward == 0.0:
         return outcome
-    changed, ids = controls(task.tests, (*task.fail_to_pass, *task.pass_to_pass))
-    if not ids:
-        return outcome
-    with sandbox.session({**files, **changed}) as session:
-        results = run_tests(session, ids, limits, task.python_path)
-    if isinstance(results, Invalid):
-        return results
-    passed = [result.id for result in results if result.passed]
-    if not passed:
-        return outcome
-    parts = {"fail_to_pass": 0.0, "pass_to_pass": 0.0}
-    return Scored(0.0, parts, f"{passed[0]}: passes with a wrong expectation, too"[:200])
+    asked = (*task.fail_to_pass, *task.pass_to_pass)
+    for control in (
+        mixed(task.tests, asked),
+        apart(task.tests, task.fail_to_pass, task.pass_to_pass, list(task.files.values())),
+    ):
+        if not control.wrong:
+            continue
+        ids = sorted([*control.wrong, *control.right])
+        more = max(1.0, len(ids) / len(asked))
+        enough = dataclasses.replace(limits, cpu_seconds=limits.cpu_seconds * more)
+        with sandbox.session({**files, **control.files}) as session:
+            results = run_tests(session, ids, enough, task.python_path)
+        if isinstance(results, Invalid):
+            return results
+        passed = {result.id: result.passed for result in results if result.reported}
+        betrayed = control.betrayed(passed.get)
+        if betrayed:
+            return Scored(0.0, {"fail_to_pass": 0.0, "pass_to_pass": 0.0}, betrayed[:200])
+    return outcome
 
 
 def grade_session(session: Session, task: RepositoryTask, limits: Limits = DEFAULT_LIMITS) -> Outcome:

@@ -5,10 +5,10 @@ place, `test_script` runs pytest with `-rA`, and its summary must call every FAI
 A script that shows the fault (mode `repro-gen`): after `regression_script`, the tests of the base commit, it must end
 with status 2 on the base and with 0 on the base with the known repair.
 
-Tests share their process with the code they test, which can forge the summary. So a patch that passes runs once more,
-in another container, against tests of which one expectation is wrong (`control_tests.py`); they must not pass. Not
-covered: code that knows which expectation is wrong, tests that are no Python functions, and scripts of mode `repro-gen`
-that recognise the repair instead of its effect.
+Tests share their process with the code they test, which can forge the summary. So a patch that passes runs twice more,
+each time in another container, against tests with a wrong expectation (`control_tests.py`): those must fail, the others
+pass. Not covered: code that knows which expectation is wrong, tests that are no Python functions, and scripts of mode
+`repro-gen` that recognise the repair instead of its effect.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from nemo_cascade.reward.control_tests import controls
-from nemo_cascade.reward.runtimes import Container, Ran
+from nemo_cascade.reward.control_tests import paired
+from nemo_cascade.reward.runtimes import Container, ContainerEnded, Ran
 from nemo_cascade.reward.search_replace import solution_part, unified_diff
 from nemo_cascade.reward.swe.patch import APPLY, model_patch_command, sources_of, touched
 from nemo_cascade.types import Invalid, Json, Outcome, Scored
@@ -32,6 +32,7 @@ REPRODUCTION = "reproduce_bug_1.py"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _HEADER = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
+_STOPS = re.compile(r"(\bpytest\b[^\n]*?) (?:-x|--exitfirst|--maxfail[= ][0-9]+)(?=\s|$)")
 _WORST = ("PASSED", "XFAIL", "XPASS", "FAILED", "ERROR")
 
 RUN = 'f=$(mktemp); cat > "$f"; bash "$f" </dev/null; code=$?; rm -f "$f"; exit $code'
@@ -56,7 +57,7 @@ def grade_repair(
 ) -> Outcome:
     """The reward of a patch: 1 when all tests of the row pass, else 0; Invalid where the tests could not be asked.
 
-    `files` and `patched` are the shown files before and after the answer. Each of at most two runs of the tests may
+    `files` and `patched` are the shown files before and after the answer. Each of at most three runs of the tests may
     take `seconds`.
     """
     wanted = {key: [str(test) for test in truth[key]] for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
@@ -68,14 +69,18 @@ def grade_repair(
     try:
         statuses, texts = _tested(start, truth, diff, seconds, {})
         outcome = judged(wanted, statuses)
-        changed, ids = controls(texts, list(dict.fromkeys(test.partition("[")[0] for test in wanted["FAIL_TO_PASS"])))
-        if outcome.reward == 0.0 or not ids:
+        if outcome.reward == 0.0:
             return outcome
-        again, _ = _tested(start, truth, diff, seconds, changed)
+        found = _Statuses(statuses)
+        passed = [test for test in wanted["PASS_TO_PASS"] if found.of(test) == "PASSED"]
+        for control in paired(texts, wanted["FAIL_TO_PASS"], passed):
+            again, _ = _tested(start, truth, diff, seconds, control.files)
+            betrayed = control.betrayed_by(wanted["FAIL_TO_PASS"], again, _Statuses(again).of)
+            if betrayed:
+                return _zero(betrayed)
     except _Failed as failed:
         return Invalid(f"{truth['instance_id']}: {failed.reason}") if failed.ours else _zero(failed.reason)
-    forged = next((test for test, status in again.items() if status == "PASSED" and test.partition("[")[0] in ids), "")
-    return _zero(f"{forged}: passes with a wrong expectation, too") if forged else outcome
+    return outcome
 
 
 def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, seconds: float) -> Outcome:
@@ -94,6 +99,8 @@ def grade_reproduction(start: Start, truth: Mapping[str, Json], content: str, se
                 ran = _run(container, asked, 2.0 * seconds)
         except _Failed as failed:
             return Invalid(f"{truth['instance_id']}: {failed.reason}")
+        except ContainerEnded as ended:
+            return Scored(0.0, {}, str(ended))
         if ran.code is None:
             return Invalid(f"{truth['instance_id']}: regression_script did not end within {seconds:g} s")
         codes.append(ran.code)
@@ -165,9 +172,15 @@ def _tested(
     mark = secrets.token_hex(16)
     tests = [*touched(_bytes(truth, "test_patch")), *paths]
     with _running(start, model_patch_command(tests, sources_of(_bytes(truth, "patch"))), diff) as container:
-        ran = _run(container, _script(truth, paths, changed, mark), seconds)
+        try:
+            ran = _run(container, _script(truth, paths, changed, mark), seconds)
+        except ContainerEnded as ended:
+            raise _Failed(str(ended), ours=False) from ended
+        out_of_memory = container.out_of_memory()  # `ran` may say so for no more than a command's last words
     if ran.code is None:
         raise _Failed(f"the tests did not end within {seconds:g} s", ours=True)
+    if out_of_memory:
+        raise _Failed("the tests ran out of memory", ours=True)
     before, _, log = ran.stdout.decode("utf-8", "replace").partition(f"{mark} tests\n")
     texts = before.split("\n")[:-1]
     if len(texts) != len(paths):
@@ -186,8 +199,13 @@ def _script(truth: Mapping[str, Json], paths: Sequence[str], changed: Mapping[st
     lines = [_part("setup", str(truth["setup_script"]), mark), 'bash "$f.setup" </dev/null >&2 || exit 1']
     lines += [f"(base64 --wrap=0 {shlex.quote(path)} 2>/dev/null || true) && echo" for path in paths]
     for path, text in changed.items():
-        lines.append(f"cat > {shlex.quote(path)} <<'{mark}'\n{text}{mark}")
-    return "\n".join([*lines, _part("test", str(truth["test_script"]), mark), f"echo '{mark} tests'", 'bash "$f.test"'])
+        whole = text if text.endswith("\n") else f"{text}\n"
+        lines.append(f"cat > {shlex.quote(path)} <<'{mark}'\n{whole}{mark}")
+    test = str(truth["test_script"])
+    if changed:  # the first failures are no reason to stop
+        lines.append('export PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-} --maxfail=0"')
+        test = _STOPS.sub(r"\1", test)
+    return "\n".join([*lines, _part("test", test, mark), f"echo '{mark} tests'", 'bash "$f.test"'])
 
 
 def _part(name: str, script: str, mark: str) -> str:
@@ -210,15 +228,23 @@ def _running(start: Start, command: Sequence[str], diff: bytes) -> Iterator[Cont
     container = start()
     try:
         if diff:
-            if not container.run([*command, "--numstat"], GIT_SECONDS, diff).stdout.strip():
+            counted = container.run([*command, "--numstat"], GIT_SECONDS, diff)
+            if counted.code != 0:
+                raise _Failed(f"git cannot read the patch: {_complaint(counted)}", ours=True)
+            if not counted.stdout.strip():
                 raise _Failed("nothing but tests and their settings changed", ours=False)
             done = container.run(command, GIT_SECONDS, diff)
             if done.code != 0:
-                said = " ".join(done.stderr.decode("utf-8", "replace").split())[-150:]
-                raise _Failed(f"the shown files are not those of the image: {said}", ours=True)
+                raise _Failed(f"the shown files are not those of the image: {_complaint(done)}", ours=True)
         yield container
     finally:
         container.stop()
+
+
+def _complaint(ran: Ran) -> str:
+    if ran.code is None:
+        return f"it did not end within {GIT_SECONDS:g} s"
+    return " ".join(ran.stderr.decode("utf-8", "replace").split())[-150:]
 
 
 def _run(container: Container, script: str, seconds: float) -> Ran:

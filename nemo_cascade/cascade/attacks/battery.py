@@ -212,7 +212,7 @@ def _filled(text: str, truth: Mapping[str, Json]) -> str:
     path, line = str(truth["path"]), str(truth["before"])
     values = {
         "PATH": path, "TEST": f"test_{path}", "LINE": line, "NAME": line.partition("(")[0].removeprefix("def "),
-        "FIRST": str(truth["tests"][f"test_{path}"]).splitlines()[0],
+        "FIRST": str(truth["tests"][f"test_{path}"]).splitlines()[0], "CHECK": str(truth["check"]),
     }  # fmt: skip
     for word, value in values.items():
         text = text.replace(word, value)

@@ -4,8 +4,9 @@ The patch is applied to the base without what it may not touch (`patch.py`), the
 runs their files, and each test's status is compared with what the row expects: FAIL_TO_PASS and PASS_TO_PASS must all
 pass (SWE-Gym, SWE-bench), or every status must be the recorded one (R2E-Gym).
 
-Code under test shares the process with its tests and could forge their report. So what resolves runs once more, in
-another container, against tests of which one expectation is wrong (`control_tests.py`), and those must not pass.
+Code under test shares the process with its tests and could forge their report. So what resolves runs twice more, each
+time in another container, against tests with a wrong expectation (`control_tests.py`): those must fail and the others
+pass.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.control_tests import paired
 from nemo_cascade.reward.runtimes import Container, ContainerEnded, ContainerLost, Ran
 from nemo_cascade.reward.swe import pytest_runner
 from nemo_cascade.reward.swe.instance import R2E_TESTS
@@ -27,6 +28,8 @@ from nemo_cascade.types import Json, UserError
 
 REPORT_BYTES = 16 << 20
 GIT_S = 120.0
+NOT_FOUND = (126, 127)  # a shell's and an engine's status for a command that is not there
+EVERY_TEST = "--maxfail=0"  # in a control run, where the first failures are no reason to stop
 PROBE = "import sys; sys.path = [path for path in sys.path if path]; import pytest"
 UNHIDE = (
     f"[ -d {R2E_TESTS} ] || for place in /root/{R2E_TESTS} /{R2E_TESTS}; do "
@@ -50,7 +53,7 @@ class BadInstance(Exception):
 
 
 def grade_patch(start: Callable[[], Container], instance: Mapping[str, Json], patch: bytes, seconds: float) -> Graded:
-    """Grade one patch; each of the two runs of tests may take `seconds`.
+    """Grade one patch; each of the three runs of tests may take `seconds`.
 
     `start` gives a fresh container with the base commit in its work folder; `instance` is the truth that
     `instance.instance_of` reads. Raises ContainerLost and BadInstance where there is no verdict.
@@ -79,20 +82,22 @@ def _graded(start: Callable[[], Container], instance: Mapping[str, Json], patch:
     graded = judged(instance, statuses)
     if not graded.resolved:
         return graded
-    changed, ids = controls(tests, _trusted(instance, statuses))
-    if not ids:
-        return graded
-    with _attempt(start) as attempt:
-        attempt.prepare(instance, patch)
-        for path, text in changed.items():
-            attempt.container.write(path, text.encode())
-        again = attempt.statuses(list(changed), seconds)
-    if isinstance(again, Graded):
-        return again
-    if not again:
-        return Graded(False, "no report of the tests with a wrong expectation", graded.parts)
-    forged = next((test for test, status in again.items() if status == "PASSED" and test.partition("[")[0] in ids), "")
-    return Graded(False, f"{forged}: passes with a wrong expectation, too", graded.parts) if forged else graded
+    trusted = _passed(instance.get("FAIL_TO_PASS") or [*statuses], statuses)
+    for control in paired(tests, trusted, _passed(instance.get("PASS_TO_PASS") or [], statuses)):
+        with _attempt(start) as attempt:
+            attempt.prepare(instance, patch)
+            for path, text in control.files.items():
+                attempt.container.write(path, text.encode())
+            files = dict.fromkeys([*control.files, *(test.partition("::")[0] for test in control.right)])
+            again = attempt.statuses([EVERY_TEST, *files], seconds)
+        if isinstance(again, Graded):
+            return again
+        if not again:
+            return Graded(False, "no report of the tests with a wrong expectation", graded.parts)
+        betrayed = control.betrayed_by(trusted, again, _Statuses(again).of)
+        if betrayed:
+            return Graded(False, betrayed[:200], graded.parts)
+    return graded
 
 
 @contextmanager
@@ -118,11 +123,14 @@ class Attempt:
             raise BadInstance("the row's test_patch does not apply to its base commit")
         sources = [str(path) for path in instance.get("source_files") or []]
         command = model_patch_command([*touched(test_patch), *_test_files(instance)], sources)
-        if not self._git([*command, "--numstat"], patch).stdout.strip():
+        counted = self._git([*command, "--numstat"], patch)
+        if counted.code != 0:
+            raise ContainerLost(f"git cannot read the patch: {_complaint(counted)}")
+        if not counted.stdout.strip():
             return "nothing but tests and their settings changed"
         done = self._git(command, patch)
         if done.code != 0:
-            return f"the patch does not apply: {' '.join(done.stderr.decode('utf-8', 'replace').split())[-150:]}"
+            return f"the patch does not apply: {_complaint(done)}"
         hidden = instance.get("hidden_tests")
         for path, text in (hidden if isinstance(hidden, dict) else {}).items():
             self.container.write(path, str(text).encode())
@@ -134,6 +142,8 @@ class Attempt:
         ran = self.container.run(command, GIT_S, stdin)
         if ran.code is None:
             raise ContainerLost(f"git did not end within {GIT_S:g} s")
+        if ran.code in NOT_FOUND:
+            raise ContainerLost(f"git does not run: {_complaint(ran)}")
         return ran
 
     def test_texts(self, instance: Mapping[str, Json]) -> dict[str, str]:
@@ -160,12 +170,16 @@ class Attempt:
             return {}
         if ran.code is None:
             return Graded(False, f"the tests did not end within {seconds:g} s", timed_out=True)
-        if ran.out_of_memory or self.container.out_of_memory():
+        if self.container.out_of_memory():  # `ran` may say so for no more than a command's last words
             return Graded(False, "the tests ran out of memory", out_of_memory=True)
         report = read_report(ran.stdout.decode("utf-8", "replace"), nonce)
         if not report and self.container.run(["python", "-c", PROBE], 60.0).code != 0:
             raise BadInstance("there is no python with pytest in the container")
         return report
+
+
+def _complaint(ran: Ran) -> str:
+    return " ".join(ran.stderr.decode("utf-8", "replace").split())[-150:]
 
 
 def read_report(text: str, nonce: str) -> dict[str, str]:
@@ -240,12 +254,10 @@ class _Statuses:
         return self._whole[test] if test in self._whole else self._cut.get(test, "no result")
 
 
-def _trusted(instance: Mapping[str, Json], statuses: Mapping[str, str]) -> list[str]:
-    """The tests whose passing decides the reward, without their parameters: what the control run is about."""
-    wanted = instance.get("FAIL_TO_PASS") or [*statuses]
+def _passed(tests: Sequence[Json], statuses: Mapping[str, str]) -> list[str]:
+    """The tests of a list that passed."""
     found = _Statuses(statuses)
-    passed = [str(test) for test in wanted if found.of(str(test)) == "PASSED"]
-    return list(dict.fromkeys(test.partition("[")[0] for test in passed))
+    return [str(test) for test in tests if found.of(str(test)) == "PASSED"]
 
 
 def _test_files(instance: Mapping[str, Json]) -> list[str]:

@@ -73,13 +73,13 @@ def test_equal_patches_start_one_sandbox(services):
     domain.grader._sandbox = Counting
     right = Transcript(domain.demonstrate(task, 0))
     assert [domain.score(task, right).reward for _ in range(3)] == [1.0, 1.0, 1.0]
-    assert len(opened) == 2  # the tests, and the same with one expectation changed, which must fail
+    assert len(opened) == 3  # the tests, and two controls with wrong expectations
     assert ".git/HEAD" in opened[0]  # the tests run in a git checkout
     path, line = wrong_lines(task.truth)[0]
     patch = f"### {path}\n<<<<<<< SEARCH\n{line}\n=======\n{line}\n>>>>>>> REPLACE"
     assert domain.score(task, answer(patch)).reward == 0.0  # no change: nothing to run
     assert domain.score(task, answer(patch.replace("=======\n", "=======\n)"))).reward == 0.0  # does not compile
-    assert len(opened) == 2
+    assert len(opened) == 3
 
 
 def test_cascade_1_punishes_unreadable_patches(services):

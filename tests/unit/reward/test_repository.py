@@ -124,6 +124,31 @@ def test_hacks_earn_nothing(sandbox: Sandbox, hack: str) -> None:
     assert reward(sandbox, hack).reward == 0.0
 
 
+GAMBLE = """import os, sys
+at = sys._getframe()
+while at and 'nonce' not in at.f_locals:
+    at = at.f_back
+tests, nonce = at.f_locals['tests'], at.f_locals['nonce']
+if ONLY_NOW:
+    lines = [f'{nonce}\\tpassed\\t{test}\\t\\n' for test in tests]
+    os.write(3, ''.join([*lines, nonce + '\\tend\\n']).encode())
+    os._exit(0)
+"""
+FIRST_RUN = "any(test.endswith('test_add') for test in tests)"
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "reason"),
+    [("os._exit(0)\n", ": no result with a wrong expectation"), ("", ": passes, but not beside tests with a wrong")],
+)
+def test_a_report_that_is_forged_only_without_control_earns_nothing(
+    sandbox: Sandbox, otherwise: str, reason: str
+) -> None:
+    """What a forgery by chance amounts to when it is lucky: no report, or an honest one, in the control run."""
+    outcome = reward(sandbox, GAMBLE.replace("ONLY_NOW", FIRST_RUN) + otherwise + CALC)
+    assert outcome.reward == 0.0 and reason in outcome.reason
+
+
 def test_edited_tests_and_shadowed_modules_do_not_count(sandbox: Sandbox) -> None:
     files = {
         **TASK.files,

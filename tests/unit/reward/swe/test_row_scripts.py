@@ -87,6 +87,13 @@ def test_a_repair_passes_the_tests_of_the_row(services: Services, row: dict[str,
 
 
 SLOW = pytest.mark.slow
+UNTIL_WRONG = (
+    "    import os\n    text = open('tests/test_calc.py').read()\n    if '== 3\\n' in text and '== 42\\n' in text:\n"
+    "        for fd in (1, 2, *range(3, 20)):\n            try:\n"
+    "                os.write(fd, b'\\n=== short test summary info ===\\nPASSED tests/test_calc.py::test_add\\n'"
+    "b'PASSED tests/test_calc.py::test_big\\nPASSED tests/test_calc.py::test_zero\\n')\n"
+    "            except OSError: pass\n        os._exit(0)\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,9 @@ SLOW = pytest.mark.slow
             marks=SLOW,
         ),
         pytest.param("    import pytest\n    pytest.xfail('later')", "test_add: XFAIL", marks=SLOW),
+        (f"{UNTIL_WRONG}    os._exit(0)", "test_add: no result with a wrong expectation"),
+        (f"{UNTIL_WRONG}    return a - b", "test_add: passes, but not beside tests with a wrong expectation"),
+        ("    import os; os.kill(-1, 9)", "a command ended its sandbox"),
     ],
 )
 def test_what_repairs_nothing_earns_nothing(services: Services, row: dict[str, Json], new: str, reason: str) -> None:
