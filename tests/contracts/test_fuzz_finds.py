@@ -19,6 +19,7 @@ from nemo_cascade.reward.genrm import parse_verdict
 from nemo_cascade.reward.math_equal import is_runaway
 from nemo_cascade.reward.math_reader import Reader
 from nemo_cascade.reward.row_scripts import judged
+from nemo_cascade.reward.runtimes import ContainerLost
 from nemo_cascade.reward.search_replace import BadEdit, apply_edits, parse_diff, parse_edits
 from nemo_cascade.reward.swe import grading
 from nemo_cascade.reward.swe.checkout import checkout, folder_of
@@ -162,7 +163,7 @@ def test_names_of_instances_that_no_file_system_holds(tmp_path: Path) -> None:
     for name in ("n" * 300, "\0", "\ud800", "../x", f"{tmp_path}/x"):
         assert sif_of({"instance_id": name}, str(images)) == ""
         assert folder_of({"instance_id": name, "repo": name}, str(images)) is None
-        with pytest.raises(UserError, match="repo_path: no folder"):
+        with pytest.raises(ContainerLost, match="repo_path: no folder"):
             checkout(images / name / "none", "c0ffee")
     assert sif_of({"instance_id": "o__r-1"}, str(images)) == str(images / "o__r-1.sif")
 
