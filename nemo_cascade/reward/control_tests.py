@@ -116,24 +116,30 @@ def apart(
 def _remade(
     tests: Mapping[str, str], wanted: Sequence[str], make: Callable[[Function], list[tuple[Function, bool]]]
 ) -> Control:
-    """Every wanted test replaced by what is made of it: functions, and whether each is wrong."""
+    """Every wanted test replaced by what is made of it: functions, and whether each is wrong. Files that do not parse,
+    or that Python cannot write again (sums of a thousand terms, integers of thousands of digits), are left out.
+    """
     control = Control()
     for path, text in tests.items():
         names = {test.partition("::")[2]: test for test in wanted if test.partition("::")[0] == path}
         tree = _parsed(text) if names else None
         if tree is None:
             continue
-        for name, function, body in list(_functions(tree)):
-            if name not in names:
-                continue
-            made = make(function)
-            for one, wrong in made:
-                one.name = f"test_{secrets.token_hex(8)}"
-                test = "::".join([path, *name.split("::")[:-1], one.name])
-                (control.wrong if wrong else control.right)[test] = names[name]
-            at = body.index(function)
-            body[at : at + 1] = [one for one, _ in made]
-        control.files[path] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+        wrong, right = dict[str, str](), dict[str, str]()
+        try:
+            for name, function, body in [one for one in _functions(tree) if one[0] in names]:
+                made = make(function)
+                for one, is_wrong in made:
+                    one.name = f"test_{secrets.token_hex(8)}"
+                    test = "::".join([path, *name.split("::")[:-1], one.name])
+                    (wrong if is_wrong else right)[test] = names[name]
+                at = body.index(function)
+                body[at : at + 1] = [one for one, _ in made]
+            control.files[path] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+        except (ValueError, RecursionError, MemoryError):
+            continue
+        control.wrong.update(wrong)
+        control.right.update(right)
     return control
 
 

@@ -14,7 +14,7 @@ from nemo_cascade.data.chat import ChatTokenizer, parse_text
 from nemo_cascade.data.responses import transcript_of
 from nemo_cascade.data.rows import MAX_NESTING, loose_json, too_deep
 from nemo_cascade.reward import instructions, judge, mcqa, schema, workplace_office
-from nemo_cascade.reward.control_tests import controls
+from nemo_cascade.reward.control_tests import controls, mixed
 from nemo_cascade.reward.genrm import parse_verdict
 from nemo_cascade.reward.math_equal import is_runaway
 from nemo_cascade.reward.math_reader import Reader
@@ -146,13 +146,18 @@ def test_digits_that_are_no_numbers() -> None:
     assert Reader("9^{9^{\u0669}}").too_large == "a number of more than 10000 digits"  # an Arabic nine is a nine
 
 
-@pytest.mark.parametrize("expression", ["1" + "+1" * 800, f"(0x{'f' * 5000},)", f"g(0x{'f' * 5000})"])
-def test_test_files_that_python_reads_and_cannot_write(expression: str) -> None:
-    """They are left out as those that do not parse; the others are changed all the same."""
+@pytest.mark.parametrize(
+    ("expression", "written"), [("1" + "+1" * 800, True), (f"(0x{'f' * 5000},)", False), (f"g(0x{'f' * 5000})", True)]
+)
+def test_test_files_that_python_reads_and_cannot_write(expression: str, written: bool) -> None:
+    """A file is left out where the changed expectation cannot be written; the others are changed all the same."""
     texts = {"t.py": f"def test_a():\n    assert f() == {expression}\n", "u.py": "def test_b():\n    assert f() == 2\n"}
     changed, ids = controls(texts, ["t.py::test_a", "u.py::test_b"])
-    assert changed == {"u.py": "def test_b():\n    assert f() == 3\n"}
-    assert ids == ["u.py::test_b"]
+    start = f"def test_a():\n    raise AssertionError('control'); assert f() == {expression}\n"
+    assert changed == {**({"t.py": start} if written else {}), "u.py": "def test_b():\n    assert f() == 3\n"}
+    assert ids == [*(["t.py::test_a"] if written else []), "u.py::test_b"]
+    remade = mixed(texts, ["t.py::test_a", "u.py::test_b"])
+    assert list(remade.files) == ["u.py"] and {*remade.wrong.values(), *remade.right.values()} == {"u.py::test_b"}
 
 
 def test_names_of_instances_that_no_file_system_holds(tmp_path: Path) -> None:

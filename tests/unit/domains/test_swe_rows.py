@@ -15,7 +15,7 @@ from nemo_cascade.domains.swe_agentic import SweAgentic
 from nemo_cascade.reward import repository as repository_module
 from nemo_cascade.reward.swe import released
 from nemo_cascade.types import Invalid, Message, Scored, Task, ToolCall, Transcript, UserError
-from tests.unit.domains.swe_attacks import ATTACKS
+from tests.unit.domains.swe_attacks import ATTACKS, EQUAL, HOOK
 from tests.unit.domains.swe_rows import DONE, FAULT, REPAIR, TEST_PATCH, edit, plant, play, repository, row, turn
 
 ALL_PASS = Scored(1.0, {"fail_to_pass": 1.0, "pass_to_pass": 1.0}, "all tests pass")
