@@ -94,6 +94,14 @@ class ReleasedRows:
         self._ended: OrderedDict[str, Ended] = OrderedDict()
         self._remembering = threading.Lock()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Another process's copy remembers nothing: containers end where they began."""
+        return {**vars(self), "_ended": OrderedDict(), "_remembering": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._remembering = threading.Lock()
+
     def start(self, task: Task, for_agent: bool = False) -> Container:
         """A container with the repository at its base commit, for an agent without what it must not find.
 

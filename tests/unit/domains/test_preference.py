@@ -121,7 +121,7 @@ def group(*texts):
 def test_a_group_is_rewarded_by_the_judge_and_equal_questions_are_asked_once(judge):
     fact = f"The fish is {FACTS['fish']}."
     good, flawed = f"Hello Ivy. {fact} Bye.", f"{fact} Bye."
-    config = JudgeConfig(url="x", length_weight=0.0, conciseness_bonus=0.0)
+    config = JudgeConfig(url="http://x", length_weight=0.0, conciseness_bonus=0.0)
     domain = Preference(Services(preference_judge=PreferenceJudge(judge, config)))
     task = next(case.task for case in domain.cases())
     outcomes = domain.score_group(task, group(good, flawed, "", good))
@@ -144,7 +144,7 @@ def test_swapped_pairs_double_the_questions(judge):
     fact = f"The fish is {FACTS['fish']}."
     texts = (f"Hello Ivy. {fact} Bye.", f"{fact} Bye.", "fish")
     task = next(case.task for case in Preference().cases())
-    domain = Preference(Services(preference_judge=PreferenceJudge(judge, JudgeConfig(url="x", swap=True))))
+    domain = Preference(Services(preference_judge=PreferenceJudge(judge, JudgeConfig(url="http://x", swap=True))))
     outcomes = domain.score_group(task, group(*texts))
     assert len(RubricServer.asked) == 6
     assert [outcome.parts["matches"] for outcome in outcomes] == [4.0, 4.0, 4.0]

@@ -48,7 +48,7 @@ def grade(config: JudgeConfig) -> tuple[list[float], list[float], int]:
 @pytest.mark.parametrize(("strategy", "swap"), BASE)
 def test_who_meets_whom(strategy: str, swap: bool) -> None:
     rewards, base, calls = grade(
-        JudgeConfig(url="x", strategy=strategy, swap=swap, length_weight=0.0, conciseness_bonus=0.0)
+        JudgeConfig(url="http://x", strategy=strategy, swap=swap, length_weight=0.0, conciseness_bonus=0.0)
     )
     assert rewards == base == BASE[strategy, swap]
     assert calls == (6 if swap else 3)
@@ -58,5 +58,5 @@ def test_bonus_and_length_terms_on_top() -> None:
     # Circular and swapped. Length weights, centred: reasoning (1, .5, 0) -> (.5, 0, -.5); answers (0, 1, 0) ->
     # (-1/3, 2/3, -1/3); half of each: (.25 - 1/6, 1/3, -.25 - 1/6). The bonus asks for the best R_base, 3.875, of
     # three: the shortest answer B has it and gains 0.5; the shortest reasoning A (3.75) has not.
-    rewards, _, _ = grade(JudgeConfig(url="x", strategy="circular", swap=True))
+    rewards, _, _ = grade(JudgeConfig(url="http://x", strategy="circular", swap=True))
     assert rewards == pytest.approx([3.8333333333333335, 4.708333333333333, 3.4583333333333335], abs=1e-12)
