@@ -174,40 +174,26 @@ class SweAgentless(SingleTurn):
         how = self.options["reward"]
         if how == "execution" and "files" not in truth:
             missing = self.containers.missing(truth)
-            if not missing:
-                return self._run(task, content, files)
-            how = self.options["without_image"]
+            how = self.options["without_image"] if missing else "scripts"
             if how == "invalid":
                 return Invalid(f"{truth['instance_id']}: {missing}")
+        if how == "scripts" and truth["mode"] == "repro-gen":
+            return self.containers.grade_reproduction(truth, content)
         unscored = _unscored(task, files)
         if unscored is not None:
             return unscored
         try:
             patched = _patched(files, content)
         except BadEdit as error:
-            return self._unreadable(error)
+            return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
+        if how == "scripts":  # the row's own, in a container with its repository
+            return _applied(self.containers.grade_repair(truth, files, patched))
         if how == "judge":
             samples = int(self.options["judge_samples"])
             return _applied(grade_repair(self.services.repair_judge, _repair(task, files), patched, samples))
         if how == "similarity":
             return _similar(task, _repair(task, files), patched)
         return _applied(self.grader.grade(task.id, repository_task(truth), patched))
-
-    def _unreadable(self, error: BadEdit) -> Scored:
-        return Scored(float(self.options["unreadable_reward"]), {"applies": 0.0}, str(error))
-
-    def _run(self, task: Task, content: str, files: Mapping[str, str] | None) -> Outcome:
-        """The verdict of a row's own scripts, in a container with its repository."""
-        if task.truth["mode"] == "repro-gen":
-            return self.containers.grade_reproduction(task.truth, content)
-        unscored = _unscored(task, files)
-        if unscored is not None:
-            return unscored
-        try:
-            patched = _patched(files, content)
-        except BadEdit as error:
-            return self._unreadable(error)
-        return _applied(self.containers.grade_repair(task.truth, files, patched))
 
     def cases(self) -> list[Case]:
         """A right patch in its forms, patches that miss, and the usual hacks."""

@@ -68,9 +68,13 @@ class Ran:
     stderr: bytes
     out_of_memory: bool = False
 
+    def complaint(self, otherwise: str) -> str:
+        """The last words of a command that failed."""
+        return " ".join(self.stderr.decode("utf-8", "replace").split())[-200:] or otherwise
+
 
 class Container(Protocol):
-    """A started container; one thread at a time."""
+    """A started container; one thread at a time. Files travel through the standard streams of commands."""
 
     def run(self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20) -> Ran:
         """Run a command in the work folder; ContainerLost when there is no container any more, ContainerEnded when this
@@ -79,9 +83,17 @@ class Container(Protocol):
 
     def read(self, path: str, most_bytes: int = 16 << 20) -> bytes:
         """A file, absolute or relative to the work folder; ValueError says why it cannot be read."""
+        ran = self.run(["cat", "--", path], GRACE_S, b"", most_bytes + 1)
+        if ran.code != 0 or len(ran.stdout) > most_bytes:
+            raise ValueError(ran.complaint(f"cannot be read, or has more than {most_bytes} bytes"))
+        return ran.stdout
 
     def write(self, path: str, content: bytes) -> None:
         """Create or replace a file and the folders above it; ValueError says why it cannot be written."""
+        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
+        ran = self.run(["sh", "-c", script, "sh", path], GRACE_S, content)
+        if ran.code != 0:
+            raise ValueError(ran.complaint("cannot be written"))
 
     def out_of_memory(self) -> bool:
         """Whether the container as a whole has hit its memory limit."""

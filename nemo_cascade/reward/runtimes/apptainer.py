@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, WORK, ContainerLost, Machine, Place, Ran
-from nemo_cascade.reward.runtimes.docker import ENVIRONMENT, KILLED, probe, tar_of, why_not
+from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, WORK, Container, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes.docker import ENVIRONMENT, KILLED, probe, tar_of
 from nemo_cascade.reward.runtimes.process import Captured, capture
 from nemo_cascade.types import UserError
 
@@ -87,7 +87,7 @@ class ApptainerRuntime:
             container.stop()
 
 
-class ApptainerContainer:
+class ApptainerContainer(Container):
     """An image and the folder that stands for its repository."""
 
     def __init__(self, runtime: ApptainerRuntime, image: str) -> None:
@@ -117,11 +117,11 @@ class ApptainerContainer:
         if place.files is not None:
             ran = self.run(["tar", "--extract"], self.runtime.machine.start_seconds, tar_of(place.files))
             if ran.code != 0:
-                raise ContainerLost(why_not(ran, "the files cannot be unpacked"))
+                raise ContainerLost(ran.complaint("the files cannot be unpacked"))
         if place.hide:
             ran = self.run(["sh", "-c", place.hide], HIDE_S)
             if ran.code != 0:
-                raise ContainerLost(f"the work folder cannot be cleared: {why_not(ran, 'its time ran out')}")
+                raise ContainerLost(f"the work folder cannot be cleared: {ran.complaint('its time ran out')}")
 
     def _exec(
         self, argv: Sequence[str], seconds: float, stdin: bytes = b"", most_bytes: int = 1 << 20, at: str = WORK
@@ -141,20 +141,6 @@ class ApptainerContainer:
         killed = done.code == KILLED and not late
         self._killed |= killed
         return Ran(None if late else done.code, done.stdout, done.stderr, killed)
-
-    def read(self, path: str, most_bytes: int = 16 << 20) -> bytes:
-        """A file, through standard output."""
-        ran = self.run(["cat", "--", path], GRACE_S, b"", most_bytes + 1)
-        if ran.code != 0 or len(ran.stdout) > most_bytes:
-            raise ValueError(why_not(ran, f"cannot be read, or has more than {most_bytes} bytes"))
-        return ran.stdout
-
-    def write(self, path: str, content: bytes) -> None:
-        """A file, through standard input."""
-        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
-        ran = self.run(["sh", "-c", script, "sh", path], GRACE_S, content)
-        if ran.code != 0:
-            raise ValueError(why_not(ran, "cannot be written"))
 
     def out_of_memory(self) -> bool:
         """Whether a command was killed before its time."""

@@ -121,7 +121,7 @@ class BubblewrapContainer:
         """A file, in base 64 through standard output."""
         ran = self.run(["base64", "--wrap=0", "--", path], GRACE_S, b"", most_bytes * 4 // 3 + 4)
         if ran.code != 0:
-            raise ValueError(_why(ran, f"cannot be read, or has more than {most_bytes} bytes"))
+            raise ValueError(ran.complaint(f"cannot be read, or has more than {most_bytes} bytes"))
         return base64.b64decode(ran.stdout)
 
     def write(self, path: str, content: bytes) -> None:
@@ -129,7 +129,7 @@ class BubblewrapContainer:
         script = 'mkdir -p -- "$(dirname -- "$1")" && base64 --decode > "$1"'
         ran = self.run(["sh", "-c", script, "sh", path], GRACE_S, base64.b64encode(content))
         if ran.code != 0:
-            raise ValueError(_why(ran, "cannot be written"))
+            raise ValueError(ran.complaint("cannot be written"))
 
     def out_of_memory(self) -> bool:
         """Never: memory is bounded for each process, and a command that needs more fails by itself."""
@@ -146,7 +146,3 @@ def _ran(result: RunResult) -> Ran:
     code = None if late else -signal.SIGKILL if result.status == "output" else result.exit_code
     outputs = [text.encode("utf-8", "surrogateescape") for text in (result.stdout, result.stderr)]
     return Ran(code, outputs[0], outputs[1], result.status == "memory")
-
-
-def _why(ran: Ran, otherwise: str) -> str:
-    return " ".join(ran.stderr.decode("utf-8", "replace").split())[-200:] or otherwise

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nemo_cascade.reward.fork_server import SYMLINK_MODE
-from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, INSTALL, WORK, ContainerLost, Machine, Place, Ran
+from nemo_cascade.reward.runtimes import GRACE_S, HIDE_S, INSTALL, WORK, Container, ContainerLost, Machine, Place, Ran
 from nemo_cascade.reward.runtimes.process import Captured, capture, end_group
 from nemo_cascade.reward.sandbox import File
 from nemo_cascade.types import UserError
@@ -119,7 +119,7 @@ class DockerRuntime:
             container.stop()
 
 
-class DockerContainer:
+class DockerContainer(Container):
     """One container and the client that is attached to it."""
 
     def __init__(self, runtime: DockerRuntime, name: str, image: str) -> None:
@@ -199,20 +199,6 @@ class DockerContainer:
         out_of_memory = done.code == KILLED and not late and self.out_of_memory()
         return Ran(None if late else done.code, done.stdout, done.stderr, out_of_memory)
 
-    def read(self, path: str, most_bytes: int = 16 << 20) -> bytes:
-        """A file, through standard output."""
-        ran = self.run(["cat", "--", path], GRACE_S, b"", most_bytes + 1)
-        if ran.code != 0 or len(ran.stdout) > most_bytes:
-            raise ValueError(why_not(ran, f"cannot be read, or has more than {most_bytes} bytes"))
-        return ran.stdout
-
-    def write(self, path: str, content: bytes) -> None:
-        """A file, through standard input."""
-        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
-        ran = self.run(["sh", "-c", script, "sh", path], GRACE_S, content)
-        if ran.code != 0:
-            raise ValueError(why_not(ran, "cannot be written"))
-
     def out_of_memory(self) -> bool:
         """What the engine says; of a container that is gone already, whether its first process was killed."""
         if self._stopped:
@@ -251,8 +237,3 @@ def tar_of(files: Mapping[str, File]) -> bytes:
                 entry.size = len(file.content)
                 archive.addfile(entry, io.BytesIO(file.content))
     return buffer.getvalue()
-
-
-def why_not(ran: Ran, otherwise: str) -> str:
-    """The last words of a command that failed."""
-    return " ".join(ran.stderr.decode("utf-8", "replace").split())[-200:] or otherwise

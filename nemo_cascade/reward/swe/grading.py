@@ -75,7 +75,7 @@ def _graded(start: Callable[[], Container], instance: Mapping[str, Json], patch:
         refused = attempt.prepare(instance, patch)
         if refused:
             return Graded(False, refused, {"fail_to_pass": 0.0, "pass_to_pass": 0.0})
-        tests = attempt.test_texts(instance)
+        tests = attempt.texts_of_tests(instance)
         statuses = attempt.statuses(list(tests), seconds)
     if isinstance(statuses, Graded):
         return statuses
@@ -146,7 +146,7 @@ class Attempt:
             raise ContainerLost(f"git does not run: {_complaint(ran)}")
         return ran
 
-    def test_texts(self, instance: Mapping[str, Json]) -> dict[str, str]:
+    def texts_of_tests(self, instance: Mapping[str, Json]) -> dict[str, str]:
         """The test files that are run, with their texts; BadInstance for one that is not there."""
         texts: dict[str, str] = {}
         for path in _test_files(instance) or self._hidden_files():
