@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,12 +285,15 @@ def test_rows_that_cannot_be_graded_are_no_fault_of_the_answer(
 
 
 def test_a_row_without_a_checkout_loses_its_own_rollouts_only(
-    domain: SweAgentic, clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    domain: SweAgentic, clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A folder or a commit that is not there, and git on a busy machine: no verdict, and the stage goes on."""
-    monkeypatch.setattr(repository_module, "GIT_SECONDS", 0.0)
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 300\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(repository_module, "GIT_SECONDS", 0.5)
     slow = domain.parse_row(row(clone[1][:12], instance_id="slow-1"), "rows:1")
-    assert played(domain, slow).endswith(f"base_commit {clone[1][:12]}: git rev-parse: no end within 0 s")
+    assert played(domain, slow).endswith(f"base_commit {clone[1][:12]}: git rev-parse: no end within 0.5 s")
     monkeypatch.undo()
     nowhere = domain.parse_row(row(clone[1], instance_id="nowhere-1", repo_path="/no/such/folder"), "rows:1")
     assert "repo_path: no folder /no/such/folder" in played(domain, nowhere)
