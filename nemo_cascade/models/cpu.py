@@ -70,6 +70,16 @@ def _rng_tracker_class() -> type:
     return CpuRNGStatesTracker
 
 
+def name_missing_gemm() -> None:
+    """moe/moe_utils.py RouterGatingLinearFunction tests `te_general_gemm is not None`, but the name exists only when
+    Transformer Engine does: NameError with router dtype fp32, with CUDA too.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
 def install() -> None:
     """Put the stand-in in place; a second call, or a machine with CUDA, changes nothing."""
     global _installed
@@ -92,9 +102,7 @@ def install() -> None:
     mcore_random._set_cuda_rng_state = _set_rng_state
     # tensor_parallel/random.py initialize_rng_tracker builds the CUDA tracker.
     mcore_random.CudaRNGStatesTracker = _rng_tracker_class()
-    # moe/moe_utils.py RouterGatingLinearFunction tests `te_general_gemm is not None`, but the name exists only when
-    # Transformer Engine does: NameError with router dtype fp32.
-    moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    moe_utils.te_general_gemm = None  # type: ignore[attr-defined]  # Transformer Engine's needs a card
     # pipeline_parallel/p2p_communication.py:242,398 synchronise the device after a send.
     torch.cuda.synchronize = _no_op  # type: ignore[assignment]
     # moe/token_dispatcher.py:464 opens a side stream for copies to the host, and :839-885 makes and awaits them there.

@@ -257,6 +257,7 @@ def build(
             "layer_spec: local"
         )
     check_installed(precision, spec)
+    cpu.name_missing_gemm()
     cpu.install()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     started = (groups.tp.size(), groups.ep.size(), groups.pp.size(), groups.cp.size())

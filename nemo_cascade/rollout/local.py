@@ -7,7 +7,7 @@ random numbers).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class LocalSampler:
     def load_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take Hugging Face named weights: a complete, well-shaped set replaces the old one, anything else changes
         nothing."""
-        tensors: Mapping[str, torch.Tensor] = named_from(named)
+        tensors = {name: tensor.detach().to("cpu") for name, tensor in named_from(named).items()}
         model = decode_model(self.config, tensors)
         checksum = checksum_of(tensors.items())
         self._model, self.version, self.checksum = model, version, checksum

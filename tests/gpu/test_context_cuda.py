@@ -61,5 +61,6 @@ def test_two_pieces_attend_like_the_whole_row(layout: parallel.ParallelLayout) -
 def test_a_long_sequence_needs_no_mask_in_memory(layout: parallel.ParallelLayout) -> None:
     torch.cuda.reset_peak_memory_stats()
     attend(layout, [131072], True)
-    # queries and outputs take 1 GiB each; a mask of the second piece alone, 65,536 x 131,072 booleans, would take 8
-    assert torch.cuda.max_memory_allocated() < 8 * 2**30
+    # Queries, outputs and their gradients take 1 GiB each, what the kernel's backward pass adds 5 more: 9.1 measured. A
+    # mask of the second piece alone, 65,536 x 131,072 booleans, would take 8 on top.
+    assert torch.cuda.max_memory_allocated() < 12 * 2**30
