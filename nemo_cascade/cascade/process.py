@@ -31,13 +31,18 @@ ENDED_BY = {signal.SIGKILL: "killed (out of memory, or by hand)", signal.SIGTERM
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment of a stage's process: this package importable, one compute thread per core it was given."""
+    """The environment of a stage's process: this package importable, one compute thread per core it was given.
+
+    On a card mamba-ssm's kernels try some hundred variants at their first call, a minute and more in every process;
+    Triton keeps on disk what it found, also because a stage that goes on should run the variants it began with.
+    """
     checkout = [str(PACKAGE.parent)] if conf_dir().parent == PACKAGE.parent else []
     path = [*checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TORCHDYNAMO_DISABLE": "1",
+        "TRITON_CACHE_AUTOTUNING": os.environ.get("TRITON_CACHE_AUTOTUNING", "1"),
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(path),
     }

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
@@ -22,53 +24,91 @@ from nemo_cascade.models.fp8_emulation import BlockRecipe, expert_products
 from nemo_cascade.models.sharding import stacked_experts
 
 
+@dataclass(frozen=True)
+class _InTurn:
+    """Products of sorted rows with their experts' matrices, one expert after another."""
+
+    counts: list[int]
+
+    def rows(self, x_TK: torch.Tensor, weight_EKN: torch.Tensor) -> torch.Tensor:
+        """Each row times the matrix of its expert [T, N]."""
+        out_TN = x_TK.new_empty(x_TK.shape[0], weight_EKN.shape[2])
+        for expert, part in self._parts():
+            torch.mm(x_TK[part], weight_EKN[expert], out=out_TN[part])
+        return out_TN
+
+    def outer(self, left_TM: torch.Tensor, right_TN: torch.Tensor) -> torch.Tensor:
+        """left^T right over the rows of each expert [E, M, N]; zero where an expert has none."""
+        out_EMN = left_TM.new_zeros(len(self.counts), left_TM.shape[1], right_TN.shape[1])
+        for expert, part in self._parts():
+            torch.mm(left_TM[part].t(), right_TN[part], out=out_EMN[expert])
+        return out_EMN
+
+    def _parts(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its rows); experts without tokens left out."""
+        begin = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(begin, begin + count)
+            begin += count
+
+
+@dataclass(frozen=True)
+class _AtOnce:
+    """The same in one kernel a product, which reads where each expert's rows end on the device.
+
+    On a card a product an expert costs more time to start than to compute, and their number to wait for.
+    """
+
+    ends_E: torch.Tensor  # int32
+
+    def rows(self, x_TK: torch.Tensor, weight_EKN: torch.Tensor) -> torch.Tensor:
+        """Each row times the matrix of its expert [T, N]."""
+        return F.grouped_mm(x_TK, weight_EKN, offs=self.ends_E)
+
+    def outer(self, left_TM: torch.Tensor, right_TN: torch.Tensor) -> torch.Tensor:
+        """left^T right over the rows of each expert [E, M, N]; zero where an expert has none."""
+        return F.grouped_mm(left_TM.t(), right_TN, offs=self.ends_E)
+
+
+def expert_kernel(x_TK: torch.Tensor, weight: torch.Tensor, tokens_E: torch.Tensor) -> _InTurn | _AtOnce:
+    """How the products of these rows are computed: at once on a card in bf16, where the kernel takes the widths."""
+    aligned = x_TK.dtype == torch.bfloat16 and all(width % 8 == 0 for width in weight.shape[1:])  # 16 bytes
+    if x_TK.is_cuda and aligned and x_TK.shape[0] > 0:
+        return _AtOnce(tokens_E.to(x_TK.device).cumsum(0).int())
+    return _InTurn(tokens_E.tolist())
+
+
 class _GroupedSquaredReluMLP(torch.autograd.Function):
     """y_t = p_t down_e relu(up_e x_t)^2, tokens sorted by expert e; x [T, h], up [E, f, h], down [E, h, f], p [T]."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, probs: torch.Tensor, counts: list[int]
+        ctx: Any,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        probs: torch.Tensor,
+        experts: _InTurn | _AtOnce,
     ) -> torch.Tensor:
-        rectified = x.new_empty(x.shape[0], up.shape[1])
-        for expert, part in _slices(counts):
-            torch.mm(x[part], up[expert].t(), out=rectified[part])
-        rectified.relu_()
+        rectified = experts.rows(x, up.transpose(1, 2)).relu_()
         squared = rectified.square().mul_(probs[:, None])
-        out = torch.empty_like(x)
-        for expert, part in _slices(counts):
-            torch.mm(squared[part], down[expert].t(), out=out[part])
         ctx.save_for_backward(x, up, down, probs, rectified, squared)
-        ctx.counts = counts
-        return out
+        ctx.experts = experts
+        return experts.rows(squared, down.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, up, down, probs, rectified, squared = ctx.saved_tensors
+        experts: _InTurn | _AtOnce = ctx.experts
         grad = grad.contiguous()
-        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
-        inner = torch.empty_like(rectified)
-        for expert, part in _slices(ctx.counts):
-            torch.mm(grad[part], down[expert], out=inner[part])
-            torch.mm(grad[part].t(), squared[part], out=grad_down[expert])
+        inner = experts.rows(grad, down)
+        grad_down = experts.outer(grad, squared)
         # squared = p r^2: dp = sum(inner r^2), dr = 2 p r inner
         inner *= rectified
         grad_probs = (inner * rectified).sum(-1)
         inner.mul_((2.0 * probs)[:, None])
-        grad_x = torch.empty_like(x)
-        for expert, part in _slices(ctx.counts):
-            torch.mm(inner[part], up[expert], out=grad_x[part])
-            torch.mm(inner[part].t(), x[part], out=grad_up[expert])
-        return grad_x, grad_up, grad_down, grad_probs, None
-
-
-def _slices(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of tokens sorted by expert; experts without tokens left out."""
-    parts, begin = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            parts.append((expert, slice(begin, begin + count)))
-        begin += count
-    return parts
+        return experts.rows(inner, up), experts.outer(inner, x), grad_down, grad_probs, None
 
 
 class LocalExperts(MegatronModule):
@@ -95,10 +135,11 @@ class LocalExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """Tokens sorted by expert [T, hidden] -> the same rows, already weighted by the router."""
         probs = permuted_probs.to(permuted_local_hidden_states.dtype)
-        operands = (permuted_local_hidden_states, self.up, self.down, probs, tokens_per_expert.tolist())
+        rows, weights = permuted_local_hidden_states, (self.up, self.down)
         if self.fp8 is not None:
-            return expert_products(*operands, self.fp8), None
-        return _GroupedSquaredReluMLP.apply(*operands), None
+            return expert_products(rows, *weights, probs, tokens_per_expert.tolist(), self.fp8), None
+        kernel = expert_kernel(rows, self.up, tokens_per_expert)
+        return _GroupedSquaredReluMLP.apply(rows, *weights, probs, kernel), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; ours are never delayed."""

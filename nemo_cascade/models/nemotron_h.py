@@ -273,7 +273,7 @@ def build(
             precision,
             spec,
             config=transformer_config(config, layout, precision, spec, bf16_layers),
-            mamba_stack_spec=layer_spec(spec, config),
+            mamba_stack_spec=layer_spec(spec, config, precision),
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_position_embeddings,
             hybrid_override_pattern=config.hybrid_override_pattern,

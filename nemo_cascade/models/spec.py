@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from nemo_cascade.models.norms import RMSNorm
 from nemo_cascade.models.routing import MoETransformerLayer
 from nemo_cascade.types import UserError
 
+LOG = logging.getLogger(__name__)
+
 
 class LocalStack(MambaStack):
     """MambaStack with our final norm: megatron/core/ssm/mamba_block.py hard-codes Transformer Engine's."""
@@ -42,10 +45,10 @@ class LocalStack(MambaStack):
         return self.final_norm(hidden) if "final_norm" in self._modules else hidden
 
 
-def layer_spec(name: str, config: NemotronHConfig) -> ModuleSpec:
+def layer_spec(name: str, config: NemotronHConfig, precision: str = "fp32") -> ModuleSpec:
     """The stack spec called `name` (hardware.layer_spec): local or te."""
     if name == "local":
-        return stack_spec(config, LOCAL)
+        return stack_spec(config, local_parts(precision))
     if name == "te":
         return _te_spec(config)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
@@ -123,11 +126,27 @@ def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
     )
 
 
-LOCAL = Parts(
-    stack=LocalStack, mixer=Mamba2Mixer, column=ColumnParallelLinear, row=RowParallelLinear,
-    core_attention=CoreAttention, experts=LocalExperts, norm=RMSNorm, mamba_norm=RMSNorm,
-)  # fmt: skip
-"""PyTorch mixers between Megatron's parallel linear layers."""
+def local_parts(precision: str) -> Parts:
+    """Our modules between Megatron's parallel linear layers.
+
+    On a card the scan runs on mamba-ssm's kernels where they are installed, but in fp32, whose products they round to
+    TF32.
+    """
+    mixer = mixer_class() if torch.cuda.is_available() and precision != "fp32" else Mamba2Mixer
+    return Parts(
+        stack=LocalStack, mixer=mixer, column=ColumnParallelLinear, row=RowParallelLinear,
+        core_attention=CoreAttention, experts=LocalExperts, norm=RMSNorm, mamba_norm=RMSNorm,
+    )  # fmt: skip
+
+
+def mixer_class() -> type[Mamba2Mixer]:
+    """The mixer on mamba-ssm's kernels where they are installed, else the PyTorch one."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        LOG.info("mamba_ssm is not installed, the Mamba scan runs in PyTorch")
+        return Mamba2Mixer
+    from nemo_cascade.models.mamba_kernels import KernelMixer
+
+    return KernelMixer
 
 
 def _te_spec(config: NemotronHConfig) -> ModuleSpec:

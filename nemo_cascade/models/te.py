@@ -12,9 +12,6 @@ Imported only where the spec is built: everything here needs Transformer Engine.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
@@ -31,11 +28,8 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.mamba import Mamba2Mixer
 from nemo_cascade.models.moe import counted_as_dense
-from nemo_cascade.models.spec import Parts
-
-LOG = logging.getLogger(__name__)
+from nemo_cascade.models.spec import Parts, mixer_class
 
 
 class TEExperts(TEGroupedMLP):
@@ -56,16 +50,6 @@ class TEExperts(TEGroupedMLP):
         for weight in self.parameters():
             weight.allreduce = counted_as_dense(pg_collection)  # type: ignore[attr-defined]
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]  # in the gradient norm, as LocalExperts
-
-
-def mixer_class() -> type[Mamba2Mixer]:
-    """The mixer on mamba-ssm's kernels where they are installed, else the PyTorch one."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        LOG.info("layer_spec te: mamba_ssm is not installed, the Mamba scan runs in PyTorch")
-        return Mamba2Mixer
-    from nemo_cascade.models.mamba_kernels import KernelMixer
-
-    return KernelMixer
 
 
 def te_parts(config: NemotronHConfig) -> Parts:

@@ -8,7 +8,7 @@ import torch
 from nemo_cascade.learner.parallel import ParallelLayout
 from nemo_cascade.models import convert, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.moe import routers
+from nemo_cascade.models.moe import _AtOnce, _GroupedSquaredReluMLP, _InTurn, expert_kernel, routers
 from nemo_cascade.models.nemotron_h import NemotronH
 from nemo_cascade.models.routing import Routing
 from nemo_cascade.types import NO_CHOICE, UserError
@@ -177,3 +177,31 @@ def test_an_unknown_dispatcher_is_refused() -> None:
     with pytest.raises(UserError, match="hardware.moe_dispatcher: 'deepep' is not one of auto, allgather, alltoall"):
         HardwareConfig(moe_dispatcher="deepep")
     assert ParallelLayout.from_hardware(HardwareConfig(moe_dispatcher="alltoall")).dispatcher == "alltoall"
+
+
+def operands(dtype: torch.dtype, width: int = 24) -> tuple[torch.Tensor, ...]:
+    """x [50, 16], up [5, width, 16], down [5, 16, width], weights [50], each with a gradient."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((50, 16), (5, width, 16), (5, 16, width), (50,))
+    return tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("counts", [[10, 0, 25, 15, 0], [0, 0, 50, 0, 0]], ids=["two without tokens", "one has all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_experts_at_once_are_experts_in_turn(dtype: torch.dtype, counts: list[int]) -> None:
+    found = []
+    for experts in (_InTurn(counts), _AtOnce(torch.tensor(counts).cumsum(0).int())):
+        inputs = operands(dtype)
+        y = _GroupedSquaredReluMLP.apply(*inputs, experts)
+        (y * torch.linspace(-1.0, 1.0, y.numel()).view_as(y).to(dtype)).sum().backward()
+        found.append([y.detach(), *(tensor.grad for tensor in inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-6 * float(one.abs().max()))
+    empty = [expert for expert, count in enumerate(counts) if not count]
+    assert not found[1][2][empty].any() and not found[1][3][empty].any()
+
+
+def test_experts_are_computed_in_turn_but_in_bf16_on_a_card() -> None:
+    x, up, *_ = operands(torch.bfloat16)
+    counts = torch.tensor([10, 0, 25, 15, 0])
+    assert expert_kernel(x, up, counts) == _InTurn(counts.tolist())
