@@ -57,6 +57,11 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _minus(scores_NV: torch.Tensor, level_N1: torch.Tensor) -> torch.Tensor:
+    """The scores, which may be overwritten, minus a number per row in its dtype: one pass, also from bf16."""
+    return scores_NV.sub_(level_N1) if scores_NV.dtype == level_N1.dtype else scores_NV - level_N1
+
+
 @dataclass(frozen=True)
 class _Vocabulary:
     """This rank's columns of the vocabulary and how a row of all of them becomes a distribution."""
@@ -76,14 +81,15 @@ class _Vocabulary:
         if self.distribution.cuts:
             last = self.last_kept(scores_NV)
             self.cut(scores_NV, last, targets_N)
-        top_N1 = self.over_ranks(scores_NV.amax(-1, keepdim=True), dist.ReduceOp.MAX)
+        top_N1 = self.over_ranks(scores_NV.amax(-1, keepdim=True).to(_precise(scores_NV.dtype)), dist.ReduceOp.MAX)
         columns_N1, here_N1 = self.own(targets_N)
-        scores_NV.sub_(top_N1)
+        scores_NV = _minus(scores_NV, top_N1)
         chosen_N1 = scores_NV.gather(-1, columns_N1).masked_fill_(~here_N1, 0.0)
         weights_NV = scores_NV.exp()
         sum_N = weights_NV.sum(-1)
-        # A token that was cut has score -inf and weight 0; their product counts as 0.
-        inner_N = scores_NV.clamp_min_(-1.0e30).mul_(weights_NV).sum(-1)
+        if last:  # a token that was cut has score -inf and weight 0; their product counts as 0
+            scores_NV.clamp_min_(-1.0e30)
+        inner_N = scores_NV.mul_(weights_NV).sum(-1)
         sum_N, inner_N, chosen_N = self.over_ranks(torch.stack([sum_N, inner_N, chosen_N1[:, 0]]))
         log_N = sum_N.log()
         return torch.stack([chosen_N - log_N, log_N - inner_N / sum_N, top_N1[:, 0] + log_N]), last
@@ -101,13 +107,20 @@ class _Vocabulary:
         if last:
             self.cut(scores_NV, last, targets_N)
         scale_N1 = grad_N[:, None] / self.distribution.temperature
-        grad_NV = scores_NV.sub_(total_N[:, None]).exp_().mul_(-scale_N1)
+        grad_NV = _minus(scores_NV, total_N[:, None]).exp_()
         columns_N1, here_N1 = self.own(targets_N)
-        return grad_NV.scatter_add_(-1, columns_N1, scale_N1 * here_N1).to(self.weight_VH.dtype)
+        # The target's entry is a difference: taken before it is rounded to the weight's dtype.
+        target_N1 = grad_NV.gather(-1, columns_N1).mul_(-scale_N1).add_(scale_N1 * here_N1).to(self.weight_VH.dtype)
+        if grad_NV.dtype == self.weight_VH.dtype:
+            return grad_NV.mul_(-scale_N1).scatter_(-1, columns_N1, target_N1)
+        rounded_NV = torch.empty_like(grad_NV, dtype=self.weight_VH.dtype)
+        return torch.mul(grad_NV, -scale_N1, out=rounded_NV).scatter_(-1, columns_N1, target_N1)
 
     def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """This rank's logits over the temperature [N, V], a new tensor in at least fp32."""
+        """This rank's logits over the temperature [N, V], a new tensor: at least fp32, but for `raw` as computed."""
         product_NV = F.linear(hidden_NH, self.weight_VH)
+        if self.distribution == RAW:
+            return product_NV
         scores_NV = product_NV.to(_precise(product_NV.dtype))
         return scores_NV if self.distribution.temperature == 1.0 else scores_NV.div_(self.distribution.temperature)
 

@@ -198,7 +198,7 @@ def transformer_config(
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # the Learner calls moe.update_expert_bias with the stage's rate
         moe_token_dispatcher_type=layout.dispatcher_here(),
-        moe_grouped_gemm=spec == "te",
+        moe_grouped_gemm=profile_of(precision).needs_te,  # Transformer Engine's; ours needs no word
         mamba_state_dim=config.ssm_state_size,
         mamba_head_dim=config.mamba_head_dim,
         mamba_num_heads=config.mamba_num_heads,

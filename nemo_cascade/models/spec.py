@@ -50,7 +50,7 @@ def layer_spec(name: str, config: NemotronHConfig, precision: str = "fp32") -> M
     if name == "local":
         return stack_spec(config, local_parts(precision))
     if name == "te":
-        return _te_spec(config)
+        return _te_spec(config, precision)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
 
 
@@ -149,7 +149,7 @@ def mixer_class() -> type[Mamba2Mixer]:
     return KernelMixer
 
 
-def _te_spec(config: NemotronHConfig) -> ModuleSpec:
+def _te_spec(config: NemotronHConfig, precision: str) -> ModuleSpec:
     """Transformer Engine's layers (`te.py`), where it is installed."""
     if importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
@@ -158,4 +158,4 @@ def _te_spec(config: NemotronHConfig) -> ModuleSpec:
         )
     from nemo_cascade.models.te import te_parts
 
-    return stack_spec(config, te_parts(config))
+    return stack_spec(config, te_parts(config, precision))

@@ -2,8 +2,9 @@
 
 Not megatron-core's mamba_stack_spec, for two reasons. Its TELayerNormColumnParallelLinear keeps a layer's norm inside
 the first projection (`in_proj.layer_norm_weight`), so that its checkpoints and those of the local spec have different
-names; here the norm is a module of its own in both and all names agree but those of the experts, where a grouped GEMM
-wants one tensor per expert (`names.py` knows both). And its MambaMixer keeps dt_bias in the parameters' dtype and
+names; here the norm is a module of its own in both and all names agree but, in FP8, those of the experts, where its
+grouped GEMM wants one tensor per expert (`names.py` knows both). In bf16 experts are those of the local spec: one
+kernel a product, where Transformer Engine starts one an expert. And its MambaMixer keeps dt_bias in the parameters' dtype and
 refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the kernels
 where they are installed. The price: one more write and read of the normalised activations per layer.
 
@@ -28,7 +29,8 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.moe import counted_as_dense
+from nemo_cascade.models.dtypes import profile_of
+from nemo_cascade.models.moe import LocalExperts, counted_as_dense
 from nemo_cascade.models.spec import Parts, mixer_class
 
 
@@ -52,18 +54,19 @@ class TEExperts(TEGroupedMLP):
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]  # in the gradient norm, as LocalExperts
 
 
-def te_parts(config: NemotronHConfig) -> Parts:
-    """Transformer Engine's part of the stack; needs bf16."""
+def te_parts(config: NemotronHConfig, precision: str) -> Parts:
+    """Transformer Engine's part of the stack; needs bf16 or FP8."""
+    grouped = ModuleSpec(
+        module=TEExperts,
+        submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
+    )
     return Parts(
         stack=MambaStack,
         mixer=mixer_class(),
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,
         core_attention=TEDotProductAttention,
-        experts=ModuleSpec(
-            module=TEExperts,
-            submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
-        ),
+        experts=grouped if profile_of(precision).needs_te else LocalExperts,
         norm=TENorm,
         mamba_norm=ModuleSpec(module=TENorm, params={"eps": config.layer_norm_epsilon}),
     )
