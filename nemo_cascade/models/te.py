@@ -3,10 +3,11 @@
 Not megatron-core's mamba_stack_spec, for two reasons. Its TELayerNormColumnParallelLinear keeps a layer's norm inside
 the first projection (`in_proj.layer_norm_weight`), so that its checkpoints and those of the local spec have different
 names; here the norm is a module of its own in both and all names agree but, in FP8, those of the experts, where its
-grouped GEMM wants one tensor per expert (`names.py` knows both). In bf16 experts are those of the local spec: one
-kernel a product, where Transformer Engine starts one an expert. And its MambaMixer keeps dt_bias in the parameters' dtype and
-refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the kernels
-where they are installed. The price: one more write and read of the normalised activations per layer.
+grouped GEMM wants one tensor per expert (`names.py` knows both). And its MambaMixer keeps dt_bias in the parameters'
+dtype and refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the
+kernels where they are installed. The price: one more write and read of the normalised activations per layer.
+
+In bf16 experts are those of the local spec: one kernel a product, where Transformer Engine starts one an expert.
 
 Imported only where the spec is built: everything here needs Transformer Engine.
 """
