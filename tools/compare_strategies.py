@@ -8,8 +8,9 @@ weights; SFT on these experts' rollouts. The budget is what the cascade samples 
 where they have taken as much, but for averaging, which takes nothing after its experts.
 
 Tuning is the same for all: on a seed of its own every learning rate after SFT is multiplied by each of `--factors`, and
-a strategy keeps the factor with the best mean score on `select` tasks. The table is of `report` tasks; its intervals
-are 95 % bootstraps that draw seeds as well as tasks. What is done in `--out` is not run again.
+a strategy keeps the factor with the best mean score on `select` tasks; the cascade at its own sets the budget. The
+table is of `report` tasks; its intervals are 95 % bootstraps that draw seeds as well as tasks. What is done in `--out`
+is not run again.
 """
 
 from __future__ import annotations
@@ -89,18 +90,20 @@ def tuned(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, dict[f
     return {name: max(means, key=lambda factor: means[factor]) for name, means in tried.items()}, tried
 
 
-def setting(given: argparse.Namespace, factor: float) -> Setting:
-    """What the runs at one factor share."""
+def setting(given: argparse.Namespace, factor: float, budget_factor: float | None = None) -> Setting:
+    """What the runs at one factor share; the budget is the cascade's at the same factor, or at another."""
+    budget = factor if budget_factor is None else budget_factor
     tasks = [max(1, round(count * min(1.0, 4 * given.scale))) for count in (96, 256)]
-    return Setting(given.out, given.hardware, factor, given.scale, given.sft_scale, tasks[0], tasks[1], _say)
+    return Setting(given.out, given.hardware, factor, budget, given.scale, given.sft_scale, tasks[0], tasks[1], _say)
 
 
 def measure(given: argparse.Namespace, factors: Mapping[str, float]) -> list[Row]:
     """Every strategy on every seed, seed by seed, so that an interrupted comparison has whole seeds."""
     found: dict[str, list[Result]] = {name: [] for name in given.strategies}
+    budget = factors.get(REFERENCE)
     for seed in given.seeds:
         for name in given.strategies:
-            found[name].append(Seed(setting(given, factors[name]), seed).result(name))
+            found[name].append(Seed(setting(given, factors[name], budget), seed).result(name))
             _say(f"seed {seed}: {name} is done, {found[name][-1].cost.tokens:,} tokens after SFT")
     return [Row(name, results) for name, results in found.items()]
 

@@ -7,6 +7,7 @@ stage runs at a constant learning rate, keeps weights on the way, and the kept s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,14 @@ Scores = Mapping[str, Mapping[str, float]]  # domain -> task -> score
 @dataclass(frozen=True)
 class Setting:
     """What all runs of one comparison share. `factor` multiplies the learning rates after SFT; `scale` shortens every
-    stage after SFT and `sft_scale` SFT itself; `select` and `report` are tasks per domain.
+    stage after SFT and `sft_scale` SFT itself; `select` and `report` are tasks per domain. The budget is what the
+    cascade takes at `budget_factor`.
     """
 
     out: Path
     hardware: str
     factor: float
+    budget_factor: float
     scale: float
     sft_scale: float
     select: int
@@ -142,7 +145,8 @@ class Seed:
 
     def budget(self) -> int:
         """The tokens that every strategy may take after SFT."""
-        return self.cascade()[1].tokens
+        setting = dataclasses.replace(self.setting, factor=self.setting.budget_factor)
+        return Seed(setting, self.seed).cascade()[1].tokens
 
     def mixed(self) -> tuple[Path, Cost]:
         """One RL stage on all domains."""
