@@ -33,8 +33,8 @@ ENDED_BY = {signal.SIGKILL: "killed (out of memory, or by hand)", signal.SIGTERM
 def environment(threads: int) -> dict[str, str]:
     """The environment of a stage's process: this package importable, one compute thread per core it was given.
 
-    On a card mamba-ssm's kernels try some hundred variants at their first call, a minute and more in every process;
-    Triton keeps on disk what it found, also because a stage that goes on should run the variants it began with.
+    On a card mamba-ssm's kernels try many variants at their first call, a minute and more; Triton then keeps on disk
+    what it found for those that allow it, which is most but not all of the backward ones.
     """
     checkout = [str(PACKAGE.parent)] if conf_dir().parent == PACKAGE.parent else []
     path = [*checkout, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -87,9 +87,8 @@ class _Vocabulary:
         chosen_N1 = scores_NV.gather(-1, columns_N1).masked_fill_(~here_N1, 0.0)
         weights_NV = scores_NV.exp()
         sum_N = weights_NV.sum(-1)
-        if last:  # a token that was cut has score -inf and weight 0; their product counts as 0
-            scores_NV.clamp_min_(-1.0e30)
-        inner_N = scores_NV.mul_(weights_NV).sum(-1)
+        del scores_NV  # before the next of its size
+        inner_N = -torch.special.entr(weights_NV).sum(-1)  # w log w, and 0 where w is: a token that was cut
         sum_N, inner_N, chosen_N = self.over_ranks(torch.stack([sum_N, inner_N, chosen_N1[:, 0]]))
         log_N = sum_N.log()
         return torch.stack([chosen_N - log_N, log_N - inner_N / sum_N, top_N1[:, 0] + log_N]), last

@@ -1,4 +1,4 @@
-"""Local experts for Megatron's MoELayer: one matrix product per expert over its contiguous slice of tokens.
+"""Local experts for Megatron's MoELayer: matrix products of contiguous slices of tokens, one to an expert.
 
 Router, dispatch and shared expert are Megatron's (TopKRouter: sigmoid scores, expert bias in the choice only, weights
 normalised and scaled by 2.5, fp32). Its SequentialMLP runs one small module per expert; this runs two products.
@@ -57,7 +57,7 @@ class _InTurn:
 class _AtOnce:
     """The same in one kernel a product, which reads where each expert's rows end on the device.
 
-    On a card a product an expert costs more time to start than to compute, and their number to wait for.
+    On a card a product an expert costs more time to start than to compute.
     """
 
     ends_E: torch.Tensor  # int32
@@ -72,10 +72,15 @@ class _AtOnce:
 
 
 def expert_kernel(x_TK: torch.Tensor, weight: torch.Tensor, tokens_E: torch.Tensor) -> _InTurn | _AtOnce:
-    """How the products of these rows are computed: at once on a card in bf16, where the kernel takes the widths."""
+    """How the products of these rows are computed: at once in bf16 on Hopper, where the kernel takes the widths.
+
+    Elsewhere torch (2.10 and later have the function) makes a product an expert of it, and waits for the device to do
+    so; on Blackwell its weight gradients of experts without tokens were not zero (pytorch issue 172439).
+    """
     aligned = x_TK.dtype == torch.bfloat16 and all(width % 8 == 0 for width in weight.shape[1:])  # 16 bytes
-    if x_TK.is_cuda and aligned and x_TK.shape[0] > 0:
-        return _AtOnce(tokens_E.to(x_TK.device).cumsum(0).int())
+    if x_TK.is_cuda and aligned and x_TK.shape[0] > 0 and hasattr(F, "grouped_mm"):
+        if torch.cuda.get_device_capability(x_TK.device)[0] == 9:
+            return _AtOnce(tokens_E.to(x_TK.device, non_blocking=True).cumsum(0).int())
     return _InTurn(tokens_E.tolist())
 
 

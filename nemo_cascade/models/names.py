@@ -243,6 +243,6 @@ class _LayerView:
         if not 0 <= index < count:
             return ()
         grouped = "mlp.experts.linear_fc1.weight" if which == "up_proj" else "mlp.experts.linear_fc2.weight"
-        if f"{self.prefix}{grouped}0" in self.local:  # the te spec: one tensor per expert
+        if f"{self.prefix}{grouped}0" in self.local:  # te in FP8: one tensor per expert
             return (_whole(self._get(f"{grouped}{index}"), None),)
         return (_whole(self._get("mlp.experts.up" if which == "up_proj" else "mlp.experts.down")[index], None),)

@@ -85,7 +85,7 @@ class Parts:
 
 
 def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
-    """The stack of a NemotronH from these parts. Norms are modules of their own, and only experts differ in names."""
+    """The stack of a NemotronH from these parts. Norms are modules of their own; only FP8 experts differ in names."""
     mixer = ModuleSpec(
         module=parts.mixer,
         params={"shape": _mixer_shape(config)},
@@ -144,8 +144,13 @@ def mixer_class() -> type[Mamba2Mixer]:
     if importlib.util.find_spec("mamba_ssm") is None:
         LOG.info("mamba_ssm is not installed, the Mamba scan runs in PyTorch")
         return Mamba2Mixer
-    from nemo_cascade.models.mamba_kernels import KernelMixer
-
+    try:
+        from nemo_cascade.models.mamba_kernels import KernelMixer
+    except ImportError as error:
+        raise UserError(
+            f"mamba_ssm is installed and cannot be imported ({error}); build it and causal_conv1d for this torch, or "
+            "uninstall both: the scan then runs in PyTorch"
+        ) from error
     return KernelMixer
 
 

@@ -1,4 +1,4 @@
-"""The layer spec `te`: Transformer Engine's norms, linear layers, attention and grouped experts, mamba-ssm's kernels.
+"""The layer spec `te`: Transformer Engine's norms, linear layers, attention and FP8 experts, mamba-ssm's kernels.
 
 Not megatron-core's mamba_stack_spec, for two reasons. Its TELayerNormColumnParallelLinear keeps a layer's norm inside
 the first projection (`in_proj.layer_norm_weight`), so that its checkpoints and those of the local spec have different

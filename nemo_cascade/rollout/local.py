@@ -50,7 +50,7 @@ class LocalSampler:
     def load_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take Hugging Face named weights: a complete, well-shaped set replaces the old one, anything else changes
         nothing."""
-        tensors = {name: tensor.detach().to("cpu") for name, tensor in named_from(named).items()}
+        tensors = named_from((name, tensor.detach().to("cpu")) for name, tensor in named)
         model = decode_model(self.config, tensors)
         checksum = checksum_of(tensors.items())
         self._model, self.version, self.checksum = model, version, checksum

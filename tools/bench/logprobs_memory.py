@@ -51,10 +51,10 @@ def main() -> None:
     print(
         f"{options.tokens:,} tokens x {options.vocabulary:,}: MB; the logits alone {rows['naive']['logits'] / 1e6:,.1f}"
     )
-    print(f"{'way':>8}{'gradients':>11}{'above':>10}{'seconds':>9}")
+    print(f"{'way':>8}{'gradients':>11}{'above':>10}{'seconds':>10}")
     for way in WAYS:
         row = rows[way]
-        print(f"{way:>8}{row['gradients'] / 1e6:>11,.1f}{row['above'] / 1e6:>10,.1f}{row['seconds']:>9.1f}")
+        print(f"{way:>8}{row['gradients'] / 1e6:>11,.1f}{row['above'] / 1e6:>10,.1f}{row['seconds']:>10.3f}")
 
 
 def in_own_process(way: str) -> dict[str, float]:

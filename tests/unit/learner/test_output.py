@@ -114,3 +114,12 @@ def test_a_vocabulary_cut_over_two_ranks_gives_the_numbers_of_one(tmp_path: Path
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(other, one, rtol=0.0, atol=1e-10)
         assert torch.equal(first[0], second[0])
+
+
+def test_a_logit_of_minus_infinity_counts_as_nothing_in_chunks_too() -> None:
+    hidden, weight = torch.ones(4, 1), torch.tensor([[0.0], [1.0], [-torch.inf]])
+    targets = torch.tensor([0, 1, 0, 1])
+    whole, chunked = (output_logprobs(hidden, weight, targets, chunk_logits=size) for size in (100, 6))
+    for one, other in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(chunked[1]).all()

@@ -11,11 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from nemo_cascade.models import mixer_native, nemotron_h
+from nemo_cascade.models import mixer_native, nemotron_h, spec
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer
 from nemo_cascade.models.packed import packed_row
 from nemo_cascade.models.parallel import ParallelLayout
+from nemo_cascade.types import UserError
 
 STANDIN = Path(__file__).with_name("mamba_standin")
 OURS = "nemo_cascade.models.mamba_kernels"
@@ -96,3 +97,18 @@ def test_channels_that_the_convolution_kernel_does_not_take_stay_in_pytorch(
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
     assert not sys.modules["causal_conv1d"].CALLS
+
+
+def test_kernels_that_cannot_be_imported_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade of torch, for which they were not built."""
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, OURS, raising=False)
+    with pytest.raises(UserError, match=r"mamba_ssm is installed and cannot be imported \(undefined symbol.*uninstall"):
+        spec.mixer_class()
+
+
+def test_without_a_card_the_local_spec_scans_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STANDIN))
+    assert spec.local_parts("bf16").mixer is Mamba2Mixer
