@@ -75,7 +75,7 @@ def expert_kernel(x_TK: torch.Tensor, weight: torch.Tensor, tokens_E: torch.Tens
     """How the products of these rows are computed: at once in bf16 on Hopper, where the kernel takes the widths.
 
     Elsewhere torch (2.10 and later have the function) makes a product an expert of it, and waits for the device to do
-    so; on Blackwell its weight gradients of experts without tokens were not zero (pytorch issue 172439).
+    so; on Blackwell its weight gradients of experts without tokens were not zero (pytorch/pytorch#172439).
     """
     aligned = x_TK.dtype == torch.bfloat16 and all(width % 8 == 0 for width in weight.shape[1:])  # 16 bytes
     if x_TK.is_cuda and aligned and x_TK.shape[0] > 0 and hasattr(F, "grouped_mm"):
