@@ -7,7 +7,8 @@ grouped GEMM wants one tensor per expert (`names.py` knows both). And its MambaM
 dtype and refuses to run without mamba-ssm; here it is our mixer between Transformer Engine's linear layers, with the
 kernels where they are installed. The price: one more write and read of the normalised activations per layer.
 
-In bf16 experts are those of the local spec: one kernel a product, where Transformer Engine starts one an expert.
+In bf16 experts are those of the local spec: on Hopper one kernel a product, where Transformer Engine starts one an
+expert.
 
 Imported only where the spec is built: everything here needs Transformer Engine.
 """
