@@ -57,8 +57,9 @@ def check_hardware(hardware: HardwareConfig, model: NemotronHConfig, origin: str
             f"{ranks // hardware.pipeline_parallel} ranks of a pipeline stage"
         )
     cut = layout_rules.Cut(
-        hardware.tensor_parallel, hardware.pipeline_parallel, hardware.context_parallel, hardware.expert_parallel
-    )
+        hardware.tensor_parallel, hardware.pipeline_parallel, hardware.context_parallel, hardware.expert_parallel,
+        hardware.moe_dispatcher,
+    )  # fmt: skip
     for key, reason in layout_rules.problems(model, cut):
         raise UserError(f"{origin}: key {key!r}: {reason}")
     if hardware.context_parallel > 1 and hardware.layer_spec != "local":

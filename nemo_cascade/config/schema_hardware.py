@@ -26,7 +26,9 @@ class HardwareConfig:
     layer_spec: str = "local"  # local | te
     precision: str = "fp32"  # fp32 | bf16 | hopper_fp8 | blackwell_mxfp8, or one of these two with _emulated
     fp8_bf16_layers: int = 2  # layers at each end of the model that FP8 leaves in bf16
-    moe_dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto (alltoall on a GPU)
+    # How tokens reach the experts: local (all are on each rank) | allgather | alltoall, or auto: on a GPU local without
+    # expert parallelism and alltoall with it, on the CPU allgather.
+    moe_dispatcher: str = "auto"
     sampler: str = "local"  # local | remote | trtllm
     sampler_url: Optional[str] = None
     refit: str = "memory"  # memory | files
@@ -39,7 +41,7 @@ class HardwareConfig:
         choose("hardware.layer_spec", self.layer_spec, ("local", "te"))
         choose("hardware.precision", self.precision, PRECISIONS)
         at_least("hardware.fp8_bf16_layers", self.fp8_bf16_layers, 0)
-        choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "allgather", "alltoall"))
+        choose("hardware.moe_dispatcher", self.moe_dispatcher, ("auto", "local", "allgather", "alltoall"))
         choose("hardware.sampler", self.sampler, ("local", "remote", "trtllm"))
         no_secret("hardware.sampler_url", self.sampler_url or "")
         choose("hardware.refit", self.refit, ("memory", "files"))

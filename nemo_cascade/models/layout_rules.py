@@ -19,12 +19,13 @@ FP8_MULTIPLES = {
 
 @dataclass(frozen=True)
 class Cut:
-    """Over how many ranks tensors, layers, tokens and experts are cut."""
+    """Over how many ranks tensors, layers, tokens and experts are cut, and how tokens reach experts."""
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     expert: int = 1
+    dispatcher: str = "auto"
 
 
 def problems(model: NemotronHConfig, cut: Cut) -> Iterator[tuple[str, str]]:
@@ -32,6 +33,11 @@ def problems(model: NemotronHConfig, cut: Cut) -> Iterator[tuple[str, str]]:
     yield from _tensor_problems(model, cut.tensor)
     if model.n_routed_experts % cut.expert:
         yield "expert_parallel", f"{cut.expert} does not divide the model's n_routed_experts {model.n_routed_experts}"
+    if cut.dispatcher == "local" and cut.expert > 1:
+        yield (
+            "moe_dispatcher",
+            f"local moves no token to other ranks and expert_parallel is {cut.expert}; set it to auto",
+        )
     layers = model.num_hidden_layers
     if layers % cut.pipeline:
         yield (

@@ -201,7 +201,8 @@ def counting_only(model: torch.nn.Module, real_t: torch.Tensor | None) -> Iterat
 
     def forget(router: TopKRouter, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
         if torch.is_grad_enabled():
-            router.local_tokens_per_expert -= routed[1][~real_t].sum(dim=0)
+            # not by selecting rows: a card's host would wait for their number
+            router.local_tokens_per_expert -= (routed[1] & ~real_t[:, None]).sum(dim=0)
 
     handles = [router.register_forward_hook(forget) for router in routers(model)]
     try:

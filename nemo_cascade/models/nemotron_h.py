@@ -197,7 +197,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # the Learner calls moe.update_expert_bias with the stage's rate
-        moe_token_dispatcher_type=layout.dispatcher_here(),
+        moe_token_dispatcher_type=layout.megatron_dispatcher(),
         moe_grouped_gemm=profile_of(precision).needs_te,  # Transformer Engine's; ours needs no word
         mamba_state_dim=config.ssm_state_size,
         mamba_head_dim=config.mamba_head_dim,
@@ -273,7 +273,7 @@ def build(
             precision,
             spec,
             config=transformer_config(config, layout, precision, spec, bf16_layers),
-            mamba_stack_spec=layer_spec(spec, config, precision),
+            mamba_stack_spec=layer_spec(spec, config, precision, layout.dispatcher_here()),
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_position_embeddings,
             hybrid_override_pattern=config.hybrid_override_pattern,
@@ -294,7 +294,7 @@ def _check_layout(config: NemotronHConfig, layout: ParallelLayout, spec: str) ->
     """A layout must cut heads, groups, layers and experts evenly; said here, because Megatron's assertions name no
     key.
     """
-    cut = layout_rules.Cut(layout.tensor, layout.pipeline, layout.context, layout.expert)
+    cut = layout_rules.Cut(layout.tensor, layout.pipeline, layout.context, layout.expert, layout.dispatcher)
     for key, reason in layout_rules.problems(config, cut):
         raise UserError(f"hardware.{key}: {reason}")
     if layout.context > 1 and spec != "local":

@@ -32,7 +32,7 @@ class ParallelLayout:
     expert: int = 1
     context: int = 1
     expert_tensor: int = 1
-    dispatcher: str = "auto"  # how tokens reach the experts: allgather | alltoall | auto, alltoall on a GPU
+    dispatcher: str = "auto"  # how tokens reach the experts: local | allgather | alltoall | auto
 
     def __post_init__(self) -> None:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert, "context": self.context}
@@ -54,10 +54,19 @@ class ParallelLayout:
         )
 
     def dispatcher_here(self) -> str:
-        """Megatron's dispatcher on this machine. Both give the same sums; allgather moves every token to every rank."""
+        """The dispatcher on this machine; all give the same sums.
+
+        `local` where every expert is on each rank, on a GPU by itself; allgather moves every token to every rank.
+        """
         if self.dispatcher != "auto":
             return self.dispatcher
-        return "alltoall" if torch.cuda.is_available() else "allgather"
+        if not torch.cuda.is_available():
+            return "allgather"
+        return "local" if self.expert == 1 else "alltoall"
+
+    def megatron_dispatcher(self) -> str:
+        """What Megatron's config is told: it has no word for `local`, which takes another one's place in each layer."""
+        return "alltoall" if self.dispatcher_here() == "local" else self.dispatcher_here()
 
     @property
     def model_ranks(self) -> int:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from nemo_cascade.models.dispatch import LocalDispatcher
 from nemo_cascade.types import NO_CHOICE, UserError
 
 NO_REPLAY = (
@@ -116,12 +117,15 @@ class _LayerRouting:
 class MoETransformerLayer(TransformerLayer):
     """Megatron's layer, whose router follows the row's Routing for the length of one call.
 
-    `moe_layers` are the numbers (from 1) of the model's MoE layers, in order; given by the layer spec.
+    The layer spec gives `moe_layers`, the numbers (from 1) of the model's MoE layers in order, and `local`: tokens stay
+    on this rank, in place of the dispatcher that Megatron's config names, which has no word for that.
     """
 
-    def __init__(self, *args: Any, moe_layers: tuple[int, ...], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, moe_layers: tuple[int, ...], local: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.moe_index = moe_layers.index(self.layer_number)
+        if local:
+            self.mlp.token_dispatcher = LocalDispatcher(self.config, self.pg_collection)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLayer; UserError where the router would run again after the call, without the Routing."""

@@ -45,12 +45,14 @@ class LocalStack(MambaStack):
         return self.final_norm(hidden) if "final_norm" in self._modules else hidden
 
 
-def layer_spec(name: str, config: NemotronHConfig, precision: str = "fp32") -> ModuleSpec:
-    """The stack spec called `name` (hardware.layer_spec): local or te."""
+def layer_spec(
+    name: str, config: NemotronHConfig, precision: str = "fp32", dispatcher: str = "allgather"
+) -> ModuleSpec:
+    """The stack spec called `name` (hardware.layer_spec): local or te. `dispatcher` as in hardware.moe_dispatcher."""
     if name == "local":
-        return stack_spec(config, local_parts(precision))
+        return stack_spec(config, local_parts(precision), dispatcher)
     if name == "te":
-        return _te_spec(config, precision)
+        return stack_spec(config, _te_parts(config, precision), dispatcher)
     raise UserError(f"hardware.layer_spec: {name!r} is not one of local, te")
 
 
@@ -84,7 +86,7 @@ class Parts:
     mamba_norm: Any
 
 
-def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
+def stack_spec(config: NemotronHConfig, parts: Parts, dispatcher: str) -> ModuleSpec:
     """The stack of a NemotronH from these parts. Norms are modules of their own; only FP8 experts differ in names."""
     mixer = ModuleSpec(
         module=parts.mixer,
@@ -117,7 +119,10 @@ def stack_spec(config: NemotronHConfig, parts: Parts) -> ModuleSpec:
             ),
             moe_layer=ModuleSpec(
                 module=MoETransformerLayer,
-                params={"moe_layers": tuple(layer + 1 for layer in config.layers("E"))},
+                params={
+                    "moe_layers": tuple(layer + 1 for layer in config.layers("E")),
+                    "local": dispatcher == "local",
+                },
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=parts.norm, mlp=moe, mlp_bda=get_bias_dropout_add
                 ),
@@ -154,7 +159,7 @@ def mixer_class() -> type[Mamba2Mixer]:
     return KernelMixer
 
 
-def _te_spec(config: NemotronHConfig, precision: str) -> ModuleSpec:
+def _te_parts(config: NemotronHConfig, precision: str) -> Parts:
     """Transformer Engine's layers (`te.py`), where it is installed."""
     if importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
@@ -163,4 +168,4 @@ def _te_spec(config: NemotronHConfig, precision: str) -> ModuleSpec:
         )
     from nemo_cascade.models.te import te_parts
 
-    return stack_spec(config, te_parts(config, precision))
+    return te_parts(config, precision)

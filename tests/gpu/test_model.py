@@ -134,6 +134,42 @@ def test_experts_at_once_are_experts_in_turn() -> None:
     assert not found[0][2][1].any() and not found[0][3][1].any()
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="experts at once need Hopper"
+)
+def test_experts_on_one_rank_never_wait_for_the_device(layout: ParallelLayout) -> None:
+    """A layer's forward and backward in bf16, with a row's padding out of the counts, against megatron's alltoall."""
+    config = NemotronHConfig.preset("nemotron_h_50m")
+    place, count = config.layers("E")[0], 1024
+    x = torch.randn(count, 1, config.hidden_size, generator=torch.Generator("cuda").manual_seed(7), device=CUDA)
+    real = torch.arange(count, device=CUDA) < count - 24
+    models = {name: nemotron_h.build(config, ParallelLayout(dispatcher=name), "bf16") for name in ("local", "alltoall")}
+    convert.import_weights(models["alltoall"], config, convert.export_weights(models["local"], config))
+
+    def passed(name: str) -> dict[str, torch.Tensor]:
+        layer, own = models[name].decoder.layers[place].mlp, x.bfloat16().requires_grad_()
+        layer.zero_grad()
+        layer.router.local_tokens_per_expert.zero_()
+        with moe.counting_only(models[name], real):
+            output = layer(own)[0]
+        (output.float() * x).sum().backward()
+        found = {key: parameter.grad for key, parameter in layer.named_parameters()}
+        counts = layer.router.local_tokens_per_expert.clone()
+        return found | {"output": output.detach(), "x": own.grad, "counts": counts}
+
+    expected, first = passed("alltoall"), passed("local")  # what is compiled at first use may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = passed("local")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found["counts"], expected["counts"])
+    assert int(found["counts"].sum()) == (count - 24) * config.num_experts_per_tok
+    for name, value in found.items():
+        assert (value.float() - expected[name].float()).norm() < 1e-2 * expected[name].float().norm(), name
+    assert torch.equal(found["output"], first["output"]) and torch.equal(found["x"], first["x"])
+
+
 def needs(gib: int) -> None:
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if total < gib:

@@ -26,6 +26,7 @@ CASES = {
     "ep2_alltoall": {"expert": 2, "dispatcher": "alltoall"},
     "tp2_allgather": {"tensor": 2, "dispatcher": "allgather"},
     "tp2_alltoall": {"tensor": 2, "dispatcher": "alltoall"},
+    "tp2_local": {"tensor": 2, "dispatcher": "local"},
     "tp2_ep2_alltoall": {"tensor": 2, "expert": 2, "dispatcher": "alltoall"},
 }
 

@@ -1,4 +1,4 @@
-"""The mixture of experts against a hand-written one in float64, the two dispatchers, and routing replay."""
+"""The mixture of experts against a hand-written one in float64, the dispatchers, and routing replay."""
 
 from __future__ import annotations
 
@@ -95,19 +95,23 @@ def test_scores_are_fp32_in_a_bf16_model(config: NemotronHConfig, layout: Parall
     assert (weights - expected).abs().max() < 1e-6  # bf16 scores would be 4e-3 off
 
 
-def test_both_dispatchers_give_the_same_numbers(model: NemotronH, config: NemotronHConfig) -> None:
+def test_all_dispatchers_give_the_same_numbers(model: NemotronH, config: NemotronHConfig) -> None:
     results = []
-    for dispatcher in ("allgather", "alltoall"):
+    for dispatcher, kind in (
+        ("allgather", "MoEAllGatherTokenDispatcher"), ("alltoall", "MoEAlltoAllTokenDispatcher"),
+        ("local", "LocalDispatcher"),
+    ):  # fmt: skip
         built = nemotron_h.build(config, ParallelLayout(dispatcher=dispatcher))
         convert.import_weights(built, config, convert.export_weights(model, config))
-        assert type(built.decoder.layers[2].mlp.token_dispatcher).__name__.lower().startswith(f"moe{dispatcher}")
+        assert type(built.decoder.layers[2].mlp.token_dispatcher).__name__ == kind
         logits = built.packed_logits(TOKENS, BOUNDS)
         torch.nn.functional.cross_entropy(logits, TOKENS).backward()
         results.append((logits, {name: parameter.grad for name, parameter in built.named_parameters()}))
-    (logits, grads), (other, others) = results
-    assert (logits - other).abs().max() < 1e-5
-    for name, grad in grads.items():
-        assert (grad - others[name]).abs().max() <= 1e-5 * grad.abs().max(), name
+    logits, grads = results[0]
+    for other, others in results[1:]:
+        assert (logits - other).abs().max() < 1e-5
+        for name, grad in grads.items():
+            assert (grad - others[name]).abs().max() <= 1e-5 * grad.abs().max(), name
 
 
 def test_replaying_own_choices_changes_nothing(model: NemotronH) -> None:
@@ -174,7 +178,7 @@ def test_models_and_calls_do_not_interfere(
 def test_an_unknown_dispatcher_is_refused() -> None:
     from nemo_cascade.config.schema import HardwareConfig
 
-    with pytest.raises(UserError, match="hardware.moe_dispatcher: 'deepep' is not one of auto, allgather, alltoall"):
+    with pytest.raises(UserError, match="hardware.moe_dispatcher: 'deepep' is not one of auto, local, allgather"):
         HardwareConfig(moe_dispatcher="deepep")
     assert ParallelLayout.from_hardware(HardwareConfig(moe_dispatcher="alltoall")).dispatcher == "alltoall"
 
