@@ -8,6 +8,7 @@ import torch
 
 from nemo_cascade.algorithms.kept import Distribution
 from nemo_cascade.learner.output import output_logprobs
+from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.nemotron_h import NemotronH, Row
 from nemo_cascade.models.routing import Routing
 from nemo_cascade.types import NO_CHOICE, Batch, Sequence, UserError
@@ -57,11 +58,18 @@ def vocabulary_logprobs(
 
 
 def replayed(model: NemotronH, batch: Batch) -> Routing | None:
-    """What the routers must choose in this micro-batch; None where the sequences leave it to them."""
+    """What the routers must choose in this micro-batch, which passed `check_replay`; None: they may choose."""
     given_TC = batch.routed_experts_TC
     if given_TC is None:
         return None
-    config = model.hf_config
+    return Routing(given_TC.view(given_TC.shape[0], -1, model.hf_config.num_experts_per_tok))
+
+
+def check_replay(config: NemotronHConfig, batch: Batch) -> None:
+    """Refuse recorded experts that this model cannot have used; for batches on the host, where it stops no device."""
+    given_TC = batch.routed_experts_TC
+    if given_TC is None:
+        return
     layers, chosen = len(config.layers("E")), config.num_experts_per_tok
     if given_TC.shape[1] != layers * chosen:
         raise UserError(
@@ -74,7 +82,14 @@ def replayed(model: NemotronH, batch: Batch) -> Routing | None:
             f"routing_replay: expert {highest} was recorded, the model has {config.n_routed_experts}; the rollouts are "
             "of another model"
         )
-    return Routing(given_TC.view(-1, layers, chosen))
+    given_RK = given_TC.view(-1, chosen)
+    complete_R = (given_RK != NO_CHOICE).all(-1)  # the others are left to the router
+    for apart in range(1, chosen):  # many times faster than a sort of each row
+        if bool(((given_RK[:, apart:] == given_RK[:, :-apart]).any(-1) & complete_R).any()):
+            raise UserError(
+                f"routing_replay: a token has the same expert twice in a layer, the model takes {chosen} different "
+                "ones; the recorded experts are damaged, or of another model"
+            )
 
 
 @torch.no_grad()

@@ -24,7 +24,15 @@ from nemo_cascade.data.packing import Packed, inputs_in_order, pack, to_batch
 from nemo_cascade.learner import checkpoint, pipeline
 from nemo_cascade.learner.borrow import HostCache
 from nemo_cascade.learner.folder import attempt
-from nemo_cascade.learner.forward import FILLER, on_device, replayed, routed, target_logprobs, vocabulary_logprobs
+from nemo_cascade.learner.forward import (
+    FILLER,
+    check_replay,
+    on_device,
+    replayed,
+    routed,
+    target_logprobs,
+    vocabulary_logprobs,
+)
 from nemo_cascade.learner.optimizer import Trainer
 from nemo_cascade.learner.ranks import added, combined, fail_together, gathered
 from nemo_cascade.learner.stopwatch import Stopwatch
@@ -232,22 +240,27 @@ class MegatronLearner:
 
     def _training_batches(self, sequences: Sequence[TokenSequence], objective: Objective) -> tuple[Batch, ...]:
         """Micro-batches of this rank; for the exact or top-k reverse KL each has one teacher and what it says."""
-        size = self.settings.micro_batch_tokens
         if not objective.needs_teacher_vocabulary:
-            return tuple(on_device(batch, self.device) for batch in self._even(pack(sequences, size)).batches)
+            return tuple(self._moved(sequences))
         batches: list[Batch] = []
         named = {sequence.teacher for sequence in sequences}
         for teacher in sorted(set().union(*gathered(named))):
             if not teacher:
                 raise ValueError("full_vocab distillation: a sequence names no teacher")
-            packed = self._even(pack([sequence for sequence in sequences if sequence.teacher == teacher], size))
+            moved = self._moved([sequence for sequence in sequences if sequence.teacher == teacher])
             self.model.eval()
-            moved = [on_device(batch, self.device) for batch in packed.batches]
             if objective.top_k:
                 batches += self._with_top(moved, teacher, objective.top_k)
             else:
                 batches += self._taught(moved, teacher)
         return tuple(batches)
+
+    def _moved(self, sequences: Sequence[TokenSequence]) -> list[Batch]:
+        """Micro-batches of these sequences on the policy's device, as many as any other rank has."""
+        batches = self._even(pack(sequences, self.settings.micro_batch_tokens)).batches
+        for batch in batches:
+            check_replay(self.config, batch)
+        return [on_device(batch, self.device) for batch in batches]
 
     def _taught(self, batches: Sequence[Batch], teacher: str) -> list[Batch]:
         """The batches with the teacher's log-probabilities [T, V]; without them but on the last pipeline stage."""

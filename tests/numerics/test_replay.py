@@ -209,6 +209,11 @@ def test_modes_and_mistakes():
     strange = [dataclasses.replace(row, routed_experts=bytes([4]) + row.routed_experts[1:]) for row in own]
     with pytest.raises(UserError, match="routing_replay: expert 4 was recorded, the model has 4"):
         learner.update(strange, cross_entropy("token"))
+    twice = [dataclasses.replace(row, routed_experts=bytes([3, 3]) + row.routed_experts[2:]) for row in own]
+    with pytest.raises(UserError, match="routing_replay: a token has the same expert twice in a layer, the model"):
+        learner.update(twice, cross_entropy("token"))
+    free = [dataclasses.replace(row, routed_experts=bytes([NO_CHOICE] * 2) + row.routed_experts[2:]) for row in own]
+    assert learner.update(free, cross_entropy("token"))["skipped"] == 0.0
     with pytest.raises(UserError, match="routing_replay: sampler: 1 of 2 rollouts do not say which experts"):
         with_routing([own[0], rows[1]], learner, "sampler")
     with pytest.raises(ValueError, match="routed_experts: 0 bytes for"):
