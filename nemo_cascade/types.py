@@ -255,7 +255,7 @@ class Batch:
     tokens_T: torch.Tensor  # int64
     targets_T: torch.Tensor  # int64
     loss_mask_T: torch.Tensor  # float32, 0 or 1
-    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    cu_seqlens: torch.Tensor  # int32 [S + 1], on the host also where the others are on a card
     sequence_T: torch.Tensor  # int64: local index of the sequence each position belongs to
     group_S: torch.Tensor  # int64: group index of each sequence
     advantages_T: torch.Tensor | None = None

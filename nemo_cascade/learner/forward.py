@@ -22,7 +22,9 @@ FILLER = Sequence(
 
 def row_of(model: NemotronH, batch: Batch, routing: Routing | None = None) -> Row:
     """The batch as the model's row."""
-    return model.row(batch.tokens_T, batch.cu_seqlens, counted=int(batch.group_S[0]) >= 0, routing=routing)
+    alone = model.pg_collection.ep.size() == 1  # then there is no FILLER, and no reason to wait for the device
+    counted = alone or int(batch.group_S[0]) >= 0
+    return model.row(batch.tokens_T, batch.cu_seqlens, counted=counted, routing=routing)
 
 
 def target_logprobs(
@@ -35,13 +37,13 @@ def target_logprobs(
     own tokens only. On the last pipeline stage.
     """
     row = row_of(model, batch, routing)
-    targets_t, hidden_tH = row.own(batch.targets_T), model.hidden(row)
+    targets_t, mask_t = row.own(batch.targets_T), row.own(batch.loss_mask_T)
+    rows_N = None if everywhere else mask_t.nonzero()[:, 0]  # before the layers: the host waits for what comes before
+    hidden_tH = model.hidden(row)
     weight, group = model.output_layer.weight, model.pg_collection.tp
-    if everywhere:
+    if rows_N is None:
         logprobs_t, entropy_t = output_logprobs(hidden_tH, weight, targets_t, distribution, group)
         return row.whole(logprobs_t), row.whole(entropy_t)
-    mask_t = row.own(batch.loss_mask_T)
-    rows_N = mask_t.nonzero()[:, 0]
     hidden_NH = hidden_tH.index_select(0, rows_N)
     logprobs_N, entropy_N = output_logprobs(hidden_NH, weight, targets_t[rows_N], distribution, group)
     empty_t = torch.zeros_like(mask_t)
@@ -105,8 +107,9 @@ def routed(model: NemotronH, batch: Batch) -> list[bytes]:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the policy's device; the same object on CPU."""
+    """The batch on the policy's device, but for `cu_seqlens`, which the host reads; the same object on CPU."""
     if device.type == "cpu":
         return batch
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return Batch(**{name: None if value is None else value.to(device) for name, value in fields.items()})
+    moved = {name: value.to(device) for name, value in fields.items() if value is not None and name != "cu_seqlens"}
+    return dataclasses.replace(batch, **moved)

@@ -315,7 +315,9 @@ class MegatronLearner:
             scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False, routing)
         loss, parts = objective.loss(scores, batch, denominators)
         entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
-        metrics = {name: float(value) for name, value in parts.items()} | {"entropy": float(entropy)}
+        parts = {**parts, "entropy": entropy}
+        values = torch.stack([value.detach().double() for value in parts.values()])
+        metrics = dict(zip(parts, values.tolist(), strict=True))  # one wait for the device, not one a metric
         if routing is not None:
             metrics["routing_flips"], metrics["routing_choices"] = routing.difference()
         return loss, metrics

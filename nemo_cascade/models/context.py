@@ -46,18 +46,22 @@ class RowCut:
     order_T: torch.Tensor
 
     @classmethod
-    def of(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> RowCut:
-        """The cut of the row with these boundaries; its length must be a multiple of 2 x ranks."""
+    def of(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup, device: torch.device | None = None) -> RowCut:
+        """The cut of the row with these boundaries; its length must be a multiple of 2 x ranks.
+
+        `device`: where its tokens are, None where the boundaries are.
+        """
+        device = device or cu_seqlens.device
         bounds = [int(value) for value in cu_seqlens.tolist()]
         ranks, rank, length = group.size(), group.rank(), bounds[-1]
         if length % (2 * ranks):
             raise ValueError(f"a row of {length} tokens cannot be cut into {2 * ranks} equal pieces")
         size = length // (2 * ranks)
         held = [(other, 2 * ranks - 1 - other) for other in range(ranks)]
-        steps = torch.arange(size, device=cu_seqlens.device)
+        steps = torch.arange(size, device=device)
         by_rank_T = torch.cat([piece * size + steps for pair in held for piece in pair])
         order_T = torch.empty_like(by_rank_T)
-        order_T[by_rank_T] = torch.arange(length, device=cu_seqlens.device)
+        order_T[by_rank_T] = torch.arange(length, device=device)
         own_t = by_rank_T[rank * 2 * size : (rank + 1) * 2 * size]
         return cls(group, spans_of(bounds, [piece * size for piece in held[rank]], size), own_t, by_rank_T, order_T)
 

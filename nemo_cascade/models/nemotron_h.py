@@ -78,14 +78,16 @@ class NemotronH(MambaModel):
     ) -> Row:
         """A packed row as this rank computes it. Collective where experts are spread over ranks.
 
+        `cu_seqlens` on the host spares a wait for the device.
+
         `counted` False: no token of it counts in the routers' statistics. `routing` records the experts of the row's
         one call of `run`, or replays others.
         """
         count = tokens_T.shape[0]
         tokens_T, cu_seqlens = self._filled(tokens_T, cu_seqlens)
         group = self.pg_collection.cp
-        cut = RowCut.of(cu_seqlens, group) if group.size() > 1 else None
-        packed = packed_row(cu_seqlens, self.hf_config.chunk_size, cut)
+        cut = RowCut.of(cu_seqlens, group, tokens_T.device) if group.size() > 1 else None
+        packed = packed_row(cu_seqlens, self.hf_config.chunk_size, cut, tokens_T.device)
         if routing is not None:
             routing.begin(count, tokens_T.shape[0], self.hf_config.num_experts_per_tok, self.pg_collection.tp)
             packed.routing = routing

@@ -73,34 +73,43 @@ def plan_blocks(lengths: Sequence[int], chunk: int) -> list[tuple[int, list[int]
     return [(length, sorted(members)) for length, members in blocks]
 
 
-def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
-    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's."""
+def plan(cu_seqlens: torch.Tensor, chunk: int, device: torch.device | None = None) -> PackedLayout:
+    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's.
+
+    It is computed on the host, for `device` (None: that of the boundaries): a card would make the host wait for the
+    size of every block.
+    """
+    device, cu_seqlens = device or cu_seqlens.device, cu_seqlens.cpu()
     bounds = [int(value) for value in cu_seqlens.tolist()]
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     if not lengths or bounds[0] != 0 or min(lengths) < 1:
         raise ValueError(f"cu_seqlens must start at 0 and rise at every sequence, got {bounds[:8]}")
-    device = cu_seqlens.device
     starts, sizes = cu_seqlens[:-1].long(), torch.diff(cu_seqlens).long()
-    to_row = torch.empty(bounds[-1], dtype=torch.long, device=device)
+    to_row = torch.empty(bounds[-1], dtype=torch.long)
     pieces: list[torch.Tensor] = []
     blocks: list[Block] = []
     flat = 0
     for length, members in plan_blocks(lengths, chunk):
-        chosen = torch.tensor(members, device=device)
-        steps = torch.arange(length, device=device)
+        chosen = torch.tensor(members)
+        steps = torch.arange(length)
         source = starts[chosen, None] + torch.minimum(steps[None, :], sizes[chosen, None] - 1)
         real = (steps[None, :] < sizes[chosen, None]).flatten()
-        positions = torch.arange(flat, flat + real.numel(), device=device)
+        positions = torch.arange(flat, flat + real.numel())
         to_row[source.flatten()[real]] = positions[real]
         pieces.append(source.flatten())
         blocks.append(Block(flat, len(members), length))
         flat += real.numel()
     return PackedLayout(
         blocks=tuple(blocks),
-        to_flat=torch.cat(pieces),
-        to_row=to_row,
+        to_flat=_sent(torch.cat(pieces), device),
+        to_row=_sent(to_row, device),
         identity=len(blocks) == 1 and flat == bounds[-1],
     )
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The host's values on the device, without waiting for the copy."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
@@ -115,16 +124,19 @@ class PackedRow(PackedSeqParams):
     routing: Routing | None = field(default=None)  # what the routers of this call replay or record
 
 
-def packed_row(cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None) -> PackedRow:
-    """The record to hand to MambaModel.forward as `packed_seq_params`."""
-    longest = int(torch.diff(cu_seqlens).max())
+def packed_row(
+    cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None, device: torch.device | None = None
+) -> PackedRow:
+    """The record to hand to MambaModel.forward as `packed_seq_params`, for tokens on `device` (None: as `plan`)."""
+    device, bounds = device or cu_seqlens.device, cu_seqlens.cpu()
+    longest, there = int(torch.diff(bounds).max()), _sent(bounds, device)
     return PackedRow(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=there,
+        cu_seqlens_kv=there,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=plan(cu_seqlens, chunk),
+        layout=plan(bounds, chunk, device),
         cut=cut,
     )
 

@@ -30,6 +30,7 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models import convert, moe, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer
+from nemo_cascade.models.packed import packed_row
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.routing import Routing
 from nemo_cascade.types import NO_CHOICE, Sequence
@@ -168,6 +169,21 @@ def test_experts_on_one_rank_never_wait_for_the_device(layout: ParallelLayout) -
     for name, value in found.items():
         assert (value.float() - expected[name].float()).norm() < 1e-2 * expected[name].float().norm(), name
     assert torch.equal(found["output"], first["output"]) and torch.equal(found["x"], first["x"])
+
+
+def test_a_row_is_planned_without_a_wait_for_the_device() -> None:
+    rows = [Sequence(tokens(length, 512), (1,) * length) for length in (700, 1, 799)]
+    batch = on_device(to_batch(rows), CUDA)
+    assert batch.tokens_T.is_cuda and not batch.cu_seqlens.is_cuda
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row = packed_row(batch.cu_seqlens, 128, None, CUDA)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = packed_row(batch.cu_seqlens, 128)
+    assert row.layout.blocks == host.layout.blocks and row.cu_seqlens_q.tolist() == [0, 700, 701, 1500]
+    for own, other in ((row.layout.to_flat, host.layout.to_flat), (row.layout.to_row, host.layout.to_row)):
+        assert own.is_cuda and torch.equal(own.cpu(), other)
 
 
 def needs(gib: int) -> None:

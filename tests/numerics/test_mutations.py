@@ -364,8 +364,8 @@ def test_the_parity_check_sees_it_and_names_the_layers(
 def test_state_that_crosses_a_boundary_shows_in_the_packed_row_alone(
     model: NemotronH, sequences: list[torch.Tensor], truth: dict[str, Trace], monkeypatch: Patch
 ) -> None:
-    def one_sequence(bounds: torch.Tensor, chunk: int, cut: Any) -> Any:
-        return packed_row(bounds[[0, -1]], chunk, cut)
+    def one_sequence(bounds: torch.Tensor, chunk: int, cut: Any, device: torch.device) -> Any:
+        return packed_row(bounds[[0, -1]], chunk, cut, device)
 
     monkeypatch.setattr(nemotron_h, "packed_row", one_sequence)
     parity = compared(model, sequences, truth)
