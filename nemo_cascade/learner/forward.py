@@ -34,13 +34,13 @@ def target_logprobs(
     own tokens only. On the last pipeline stage.
     """
     row = row_of(model, batch, routing)
-    targets_t, hidden_tH = row.own(batch.targets_T), model.hidden(row)
+    targets_t, mask_t = row.own(batch.targets_T), row.own(batch.loss_mask_T)
+    rows_N = mask_t.nonzero()[:, 0]  # the host waits for their number: here, before it has given a card the layers
+    hidden_tH = model.hidden(row)
     weight, group = model.output_layer.weight, model.pg_collection.tp
     if everywhere:
         logprobs_t, entropy_t = output_logprobs(hidden_tH, weight, targets_t, distribution, group)
         return row.whole(logprobs_t), row.whole(entropy_t)
-    mask_t = row.own(batch.loss_mask_T)
-    rows_N = mask_t.nonzero()[:, 0]
     hidden_NH = hidden_tH.index_select(0, rows_N)
     logprobs_N, entropy_N = output_logprobs(hidden_NH, weight, targets_t[rows_N], distribution, group)
     empty_t = torch.zeros_like(mask_t)
