@@ -162,23 +162,26 @@ class Mamba2Mixer(MegatronModule):
 
         With context parallelism T counts the tokens of this rank.
         """
-        assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
+        assert isinstance(packed_seq_params, PackedRow)
         projected, _ = self.in_proj(hidden_states)
         row = projected.view(projected.shape[0], -1)
         if packed_seq_params.cut is None and self.sizes.usable(row):
             conv = self.conv1d.weight.squeeze(1)
             weights = (conv, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
             mixed = mix(row, weights, packed_seq_params.cu_seqlens_q.tolist(), self.sizes)
-            output, bias = self.out_proj(mixed.unsqueeze(1))
-            return output, bias
-        z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
-        if packed_seq_params.cut is None:
-            y = self._scan_row(mixed, packed_seq_params.layout, self.scan_weights())
         else:
-            y = self._scan_cut(mixed, packed_seq_params.layout, packed_seq_params.cut)
-        y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps)
-        output, bias = self.out_proj(y.to(row.dtype).unsqueeze(1))
+            mixed = self._mix(row, packed_seq_params)
+        output, bias = self.out_proj(mixed.unsqueeze(1))
         return output, bias
+
+    def _mix(self, row: torch.Tensor, packed: PackedRow) -> torch.Tensor:
+        """What is between the projections, [T, z | x B C dt] -> [T, heads * head_dim]."""
+        z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
+        if packed.cut is None:
+            y = self._scan_row(mixed, packed.layout, self.scan_weights())
+        else:
+            y = self._scan_cut(mixed, packed.layout, packed.cut)
+        return gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps).to(row.dtype)
 
     def scan_weights(self) -> ScanWeights:
         """Those of all heads of this rank."""

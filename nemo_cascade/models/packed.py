@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,15 +74,20 @@ def plan_blocks(lengths: Sequence[int], chunk: int) -> list[tuple[int, list[int]
     return [(length, sorted(members)) for length, members in blocks]
 
 
-def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
-    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's."""
+def lengths_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """The lengths of a row's sequences; waits for a card. ValueError where they are none."""
     bounds = [int(value) for value in cu_seqlens.tolist()]
-    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
     if not lengths or bounds[0] != 0 or min(lengths) < 1:
         raise ValueError(f"cu_seqlens must start at 0 and rise at every sequence, got {bounds[:8]}")
-    device = cu_seqlens.device
+    return lengths
+
+
+def plan(cu_seqlens: torch.Tensor, lengths: Sequence[int], chunk: int) -> PackedLayout:
+    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's."""
+    device, count = cu_seqlens.device, sum(lengths)
     starts, sizes = cu_seqlens[:-1].long(), torch.diff(cu_seqlens).long()
-    to_row = torch.empty(bounds[-1], dtype=torch.long, device=device)
+    to_row = torch.empty(count, dtype=torch.long, device=device)
     pieces: list[torch.Tensor] = []
     blocks: list[Block] = []
     flat = 0
@@ -99,7 +105,7 @@ def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
         blocks=tuple(blocks),
         to_flat=torch.cat(pieces),
         to_row=to_row,
-        identity=len(blocks) == 1 and flat == bounds[-1],
+        identity=len(blocks) == 1 and flat == count,
     )
 
 
@@ -107,24 +113,39 @@ def plan(cu_seqlens: torch.Tensor, chunk: int) -> PackedLayout:
 class PackedRow(PackedSeqParams):
     """Megatron's packed-sequence record with our layout: it travels through MambaStack to every layer unchanged.
 
-    `layout` is that of the whole row; with context parallelism `cut` says which of its tokens this rank holds.
+    `lengths` are those of the row's sequences; with context parallelism `cut` says which of its tokens this rank holds.
     """
 
-    layout: PackedLayout | None = field(default=None)
+    lengths: tuple[int, ...] = field(default=())
+    chunk: int = field(default=1)
     cut: RowCut | None = field(default=None)
     routing: Routing | None = field(default=None)  # what the routers of this call replay or record
+
+    @cached_property
+    def layout(self) -> PackedLayout:
+        """The layout of the whole row, made for the first layer that asks."""
+        return plan(self.cu_seqlens_q, self.lengths, self.chunk)
+
+    @cached_property
+    def sequence_1T(self) -> torch.Tensor:
+        """The number of each token's sequence, int32 [1, T]: what kernels call `seq_idx`."""
+        sizes = torch.diff(self.cu_seqlens_q)
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32, device=sizes.device)
+        return torch.repeat_interleave(numbers, sizes, output_size=sum(self.lengths))[None]
 
 
 def packed_row(cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None) -> PackedRow:
     """The record to hand to MambaModel.forward as `packed_seq_params`."""
-    longest = int(torch.diff(cu_seqlens).max())
+    lengths = lengths_of(cu_seqlens)
+    longest = max(lengths)
     return PackedRow(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=plan(cu_seqlens, chunk),
+        lengths=lengths,
+        chunk=chunk,
         cut=cut,
     )
 

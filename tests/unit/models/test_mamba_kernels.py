@@ -78,9 +78,25 @@ def test_values_and_gradients_are_those_of_pytorch(
     for name, value in expected.items():
         gap = float((found[name] - value).abs().max() / value.abs().max())
         assert gap < close, (name, gap)
-    rows, tokens, _, _ = sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS[0]
-    assert rows * tokens >= sum(lengths)
+    calls = sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS
+    if conv:  # the row as it is, in one call
+        assert [call[:2] for call in calls] == [(1, sum(lengths))]
+    else:
+        assert len(calls) == len(packed_row(torch.tensor([0, *lengths]).cumsum(0).int(), 32).layout.blocks)
     assert bool(sys.modules["causal_conv1d"].CALLS) == conv
+
+
+def test_a_row_whose_places_int32_cannot_count_is_cut_into_its_sequences(
+    kernels: ModuleType, config: NemotronHConfig, layout: ParallelLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mixer = mixers(kernels, config, layout, "fp32")
+    lengths = [33, 4]
+    expected = run(mixer, lengths, torch.float32)
+    monkeypatch.setattr(kernels, "PLACES", 37 * (2 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads))
+    found = run(mixer, lengths, torch.float32)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    assert [call[:2] for call in sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS] == [(1, 37), (2, 40)]
 
 
 def test_channels_that_the_convolution_kernel_does_not_take_stay_in_pytorch(
