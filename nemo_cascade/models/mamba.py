@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 
 from nemo_cascade.models.context import RowCut
 from nemo_cascade.models.mixer_native import MixerSizes, mix
-from nemo_cascade.models.norms import gated_rms_norm
+from nemo_cascade.models.norms import RMSNorm, gated_rms_norm
 from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
 from nemo_cascade.models.sharding import stacked_rows
@@ -79,6 +79,8 @@ class Mamba2Mixer(MegatronModule):
 
     Row order of in_proj on a tensor-parallel rank: its own slice of z, x, B, C and dt. A_log, D and dt_bias stay fp32.
     """
+
+    norm_class: type[RMSNorm] = RMSNorm  # that the local spec's layers begin with, where this mixer runs
 
     def __init__(
         self,

@@ -1,13 +1,15 @@
-"""The Mamba-2 mixer on mamba-ssm's Triton kernels; imported only where mamba_ssm is installed."""
+"""The Mamba-2 mixer and RMSNorm on mamba-ssm's Triton kernels; imported only where mamba_ssm is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import torch
+from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
 from nemo_cascade.models.mamba import Mamba2Mixer, ScanWeights
+from nemo_cascade.models.norms import RMSNorm
 from nemo_cascade.models.packed import PackedRow
 from nemo_cascade.models.scan import causal_conv_silu
 
@@ -20,8 +22,19 @@ PLACES = 2**31
 """The kernels count the places of a row in int32."""
 
 
+class KernelRMSNorm(RMSNorm):
+    """The local spec's norm as one kernel each way; computed in fp32 as well."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        normed: torch.Tensor = rmsnorm_fn(hidden, self.weight, None, eps=self.eps)
+        return normed
+
+
 class KernelMixer(Mamba2Mixer):
     """Our mixer with convolution, scan and gated norm as kernels; same parameters, same result up to rounding."""
+
+    norm_class = KernelRMSNorm
 
     def _mix(self, row: torch.Tensor, packed: PackedRow) -> torch.Tensor:
         """One call for the packed row as it is: convolution and state start afresh where the sequence's number changes,

@@ -30,6 +30,7 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models import convert, moe, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer
+from nemo_cascade.models.norms import RMSNorm
 from nemo_cascade.models.packed import packed_row
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.routing import Routing
@@ -128,6 +129,25 @@ def test_the_kernel_mixer_is_the_pytorch_one(layout: ParallelLayout, lengths: li
     for name, value in found[0].items():
         gap = (found[1][name] - value).norm() / value.norm()
         assert gap < 0.03, (name, float(gap))
+
+
+@pytest.mark.skipif(not installed("mamba_ssm"), reason="mamba_ssm is not installed")
+def test_the_kernel_norm_is_the_pytorch_one(layout: ParallelLayout) -> None:
+    from nemo_cascade.models.mamba_kernels import KernelRMSNorm
+
+    norm = nemotron_h.build(NemotronHConfig.preset("nemotron_h_50m"), layout, "bf16").decoder.layers[0].norm
+    assert type(norm) is KernelRMSNorm and norm.weight.dtype == torch.float32
+    x, upstream = (torch.randn(700, 1, norm.weight.shape[0], device=CUDA).bfloat16() for _ in range(2))
+    found = []
+    for kind in (RMSNorm, KernelRMSNorm):
+        norm.__class__, own = kind, x.clone().requires_grad_()
+        norm.zero_grad()
+        out = norm(own)
+        out.backward(upstream)
+        found.append([out.detach(), own.grad, norm.weight.grad])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.float() - other.float()).norm() < 5e-3 * one.float().norm()
 
 
 def test_experts_at_once_are_experts_in_turn() -> None:
