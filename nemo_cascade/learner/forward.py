@@ -38,7 +38,8 @@ def target_logprobs(
     """
     row = row_of(model, batch, routing)
     targets_t, mask_t = row.own(batch.targets_T), row.own(batch.loss_mask_T)
-    rows_N = None if everywhere else mask_t.nonzero()[:, 0]  # before the layers: the host waits for what comes before
+    # the host waits for their number: here, before it has given a card the layers
+    rows_N = None if everywhere else mask_t.nonzero()[:, 0]
     hidden_tH = model.hidden(row)
     weight, group = model.output_layer.weight, model.pg_collection.tp
     if rows_N is None:

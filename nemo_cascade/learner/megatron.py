@@ -145,8 +145,9 @@ class MegatronLearner:
             with watch.measure("optimizer"):
                 self.trainer.step(rate, norm)
         self.updates += 1
+        parts_seconds = watch.metrics()
         seconds = time.perf_counter() - begin
-        return metrics | watch.metrics() | {
+        return metrics | parts_seconds | {
             "grad_norm": norm, "lr": rate, "skipped": float(skipped), "non_finite": float(broken),
             "micro_batches": float(len(batches)),
             "seconds/training/update": seconds, "tokens_per_second": metrics["tokens"] / seconds,

@@ -2,11 +2,13 @@
 
 For 8,192 tokens and a vocabulary of 131,072 they are 4.3 GB in fp32, and as much again for the log-probabilities, the
 probabilities and the gradient. A chunk's logits are made, reduced to three numbers per token and dropped; backward
-makes them again. Price: the output layer's product is computed once more.
+makes them again. Price: the output layer's product is computed once more. On a card two kernels (output_kernels.py)
+read the logits once each way.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,11 @@ from nemo_cascade.algorithms.kept import RAW, Distribution, keep_mask, logprobs_
 
 CHUNK_LOGITS = 2**26
 """Logits that a rank holds at once: 256 MiB in fp32, the row of 512 tokens over a vocabulary of 131,072."""
+KERNEL_CHUNK_LOGITS = 2**28
+"""The same where the kernels run: 512 MiB in bf16, of which no copy is made. Every chunk adds to the gradient of the
+whole weight, so that few of them are faster."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Last = tuple[torch.Tensor, ...]
 """Score and id of the least token that is kept, both [N, 1]; empty where nothing is cut."""
@@ -30,22 +37,23 @@ def output_logprobs(
     targets_N: torch.Tensor,
     distribution: Distribution = RAW,
     group: dist.ProcessGroup | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [N] (differentiable) and the entropy of each position [N] (not), in nats.
 
     log p_t = s_t[y_t] - log sum_{v kept} exp s_t[v], with s = hidden weight^T / temperature.
 
     `weight_VH` is this rank's part of the vocabulary, in rank order over `group`, whose ranks all hold the same
-    `hidden_NH`; its gradient is then the part that this rank's vocabulary gives, to be summed over the group. Up to
-    `chunk_logits` logits on one rank take a single pass that keeps the probabilities for backward.
+    `hidden_NH`; its gradient is then the part that this rank's vocabulary gives, to be summed over the group. Without
+    the kernels up to `chunk_logits` logits on one rank take a single pass that keeps the probabilities for backward.
     """
-    if group is None or group.size() == 1:
-        if targets_N.shape[0] * weight_VH.shape[0] <= chunk_logits:
-            logits_NV = F.linear(hidden_NH, weight_VH)
-            return logprobs_and_entropy(logits_NV.to(_precise(logits_NV.dtype)), targets_N, distribution)
-        group = None
+    group = None if group is None or group.size() == 1 else group
     vocabulary = _Vocabulary(weight_VH.detach(), distribution, group)
+    if chunk_logits is None:
+        chunk_logits = KERNEL_CHUNK_LOGITS if vocabulary.kernels else CHUNK_LOGITS
+    if group is None and not vocabulary.kernels and targets_N.shape[0] * weight_VH.shape[0] <= chunk_logits:
+        logits_NV = F.linear(hidden_NH, weight_VH)
+        return logprobs_and_entropy(logits_NV.to(_precise(logits_NV.dtype)), targets_N, distribution)
     # where tokens are cut, each rank sees the scores of all of them
     columns = weight_VH.shape[0] * (group.size() if group is not None and distribution.cuts else 1)
     rows = max(1, chunk_logits // columns)
@@ -75,8 +83,16 @@ class _Vocabulary:
         """The token id of this rank's first column."""
         return 0 if self.group is None else self.group.rank() * self.weight_VH.shape[0]
 
+    @property
+    def kernels(self) -> bool:
+        """Whether the kernels for a card compute it; they cut no tokens and know no float64."""
+        weight = self.weight_VH
+        return weight.is_cuda and weight.dtype != torch.float64 and not self.distribution.cuts and HAS_TRITON
+
     def reduced_row(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, Last]:
         """What is kept of a chunk: log-probability, entropy and log-sum-exp of its scores [3, N], and `last_kept`."""
+        if self.kernels:
+            return self._reduced_by_kernel(hidden_NH, targets_N), ()
         scores_NV, last = self.scores(hidden_NH), ()
         if self.distribution.cuts:
             last = self.last_kept(scores_NV)
@@ -89,9 +105,32 @@ class _Vocabulary:
         sum_N = weights_NV.sum(-1)
         del scores_NV  # before the next of its size
         inner_N = -torch.special.entr(weights_NV).sum(-1)  # w log w, and 0 where w is: a token that was cut
-        sum_N, inner_N, chosen_N = self.over_ranks(torch.stack([sum_N, inner_N, chosen_N1[:, 0]]))
+        return self._summed(top_N1[:, 0], sum_N, inner_N, chosen_N1[:, 0]), last
+
+    def _reduced_by_kernel(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """The same three numbers; each rank's sums are below its own maximum and are moved below that of all."""
+        from nemo_cascade.learner import output_kernels
+
+        columns_N1, here_N1 = self.own(targets_N)
+        columns_N = columns_N1.masked_fill(~here_N1, output_kernels.ELSEWHERE)[:, 0]
+        logits_NV = F.linear(hidden_NH, self.weight_VH)
+        own_N, sum_N, inner_N, chosen_N = output_kernels.reduced(logits_NV, columns_N, self.distribution.temperature)
+        if self.group is None:
+            return self._summed(own_N, sum_N, inner_N, chosen_N - own_N)
+        top_N = self.over_ranks(own_N.clone(), dist.ReduceOp.MAX)
+        below_N = own_N - top_N
+        inner_N, sum_N = below_N.exp() * (inner_N + below_N * sum_N), below_N.exp() * sum_N
+        return self._summed(top_N, sum_N, inner_N, torch.where(here_N1[:, 0], chosen_N - top_N, 0.0))
+
+    def _summed(
+        self, top_N: torch.Tensor, sum_N: torch.Tensor, inner_N: torch.Tensor, chosen_N: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probability, entropy and log-sum-exp [3, N] from sums over this rank's columns below the maximum of all:
+        of w, of w log w, and the target's score, with w = exp(score - maximum).
+        """
+        sum_N, inner_N, chosen_N = self.over_ranks(torch.stack([sum_N, inner_N, chosen_N]))
         log_N = sum_N.log()
-        return torch.stack([chosen_N - log_N, log_N - inner_N / sum_N, top_N1[:, 0] + log_N]), last
+        return torch.stack([chosen_N - log_N, log_N - inner_N / sum_N, top_N + log_N])
 
     def gradient(
         self,
@@ -102,12 +141,18 @@ class _Vocabulary:
         last: Last,
     ) -> torch.Tensor:
         """Gradient of a chunk's logits [N, V] in the weight's dtype: d log p / d s_v = [v = y] - p_v."""
+        columns_N1, here_N1 = self.own(targets_N)
+        if self.kernels:
+            from nemo_cascade.learner import output_kernels
+
+            columns_N = columns_N1.masked_fill(~here_N1, output_kernels.ELSEWHERE)[:, 0]
+            logits_NV = F.linear(hidden_NH, self.weight_VH)
+            return output_kernels.differentiate_(logits_NV, columns_N, total_N, grad_N, self.distribution.temperature)
         scores_NV = self.scores(hidden_NH)
         if last:
             self.cut(scores_NV, last, targets_N)
         scale_N1 = grad_N[:, None] / self.distribution.temperature
         grad_NV = _minus(scores_NV, total_N[:, None]).exp_()
-        columns_N1, here_N1 = self.own(targets_N)
         # The target's entry is a difference: taken before it is rounded to the weight's dtype.
         target_N1 = grad_NV.gather(-1, columns_N1).mul_(-scale_N1).add_(scale_N1 * here_N1).to(self.weight_VH.dtype)
         if grad_NV.dtype == self.weight_VH.dtype:

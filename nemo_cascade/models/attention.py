@@ -37,7 +37,7 @@ class CoreAttention(MegatronModule):
 
         With context parallelism T counts the tokens of this rank.
         """
-        assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
+        assert isinstance(packed_seq_params, PackedRow)
         if packed_seq_params.cut is not None:
             return self._cut(query, key, value, packed_seq_params.cut)
         layout = packed_seq_params.layout

@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 
 from nemo_cascade.models.context import RowCut
 from nemo_cascade.models.mixer_native import MixerSizes, mix
-from nemo_cascade.models.norms import gated_rms_norm
+from nemo_cascade.models.norms import RMSNorm, gated_rms_norm
 from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 from nemo_cascade.models.scan import causal_conv_silu, chunked_scan
 from nemo_cascade.models.sharding import stacked_rows
@@ -79,6 +79,8 @@ class Mamba2Mixer(MegatronModule):
 
     Row order of in_proj on a tensor-parallel rank: its own slice of z, x, B, C and dt. A_log, D and dt_bias stay fp32.
     """
+
+    norm_class: type[RMSNorm] = RMSNorm  # that the local spec's layers begin with, where this mixer runs
 
     def __init__(
         self,
@@ -162,23 +164,26 @@ class Mamba2Mixer(MegatronModule):
 
         With context parallelism T counts the tokens of this rank.
         """
-        assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.layout is not None
+        assert isinstance(packed_seq_params, PackedRow)
         projected, _ = self.in_proj(hidden_states)
         row = projected.view(projected.shape[0], -1)
         if packed_seq_params.cut is None and self.sizes.usable(row):
             conv = self.conv1d.weight.squeeze(1)
             weights = (conv, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
             mixed = mix(row, weights, packed_seq_params.cu_seqlens_q.tolist(), self.sizes)
-            output, bias = self.out_proj(mixed.unsqueeze(1))
-            return output, bias
-        z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
-        if packed_seq_params.cut is None:
-            y = self._scan_row(mixed, packed_seq_params.layout, self.scan_weights())
         else:
-            y = self._scan_cut(mixed, packed_seq_params.layout, packed_seq_params.cut)
-        y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps)
-        output, bias = self.out_proj(y.to(row.dtype).unsqueeze(1))
+            mixed = self._mix(row, packed_seq_params)
+        output, bias = self.out_proj(mixed.unsqueeze(1))
         return output, bias
+
+    def _mix(self, row: torch.Tensor, packed: PackedRow) -> torch.Tensor:
+        """What is between the projections, [T, z | x B C dt] -> [T, heads * head_dim]."""
+        z, mixed = row.split([self.inner, self.conv_dim + self.heads], dim=-1)
+        if packed.cut is None:
+            y = self._scan_row(mixed, packed.layout, self.scan_weights())
+        else:
+            y = self._scan_cut(mixed, packed.layout, packed.cut)
+        return gated_rms_norm(y, z, self.norm.weight, self.groups, self.shape.norm_eps).to(row.dtype)
 
     def scan_weights(self) -> ScanWeights:
         """Those of all heads of this rank."""

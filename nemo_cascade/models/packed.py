@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,19 +74,23 @@ def plan_blocks(lengths: Sequence[int], chunk: int) -> list[tuple[int, list[int]
     return [(length, sorted(members)) for length, members in blocks]
 
 
-def plan(cu_seqlens: torch.Tensor, chunk: int, device: torch.device | None = None) -> PackedLayout:
-    """The layout of the row whose sequence s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]. `chunk`: the scan's.
-
-    It is computed on the host, for `device` (None: that of the boundaries): a card would make the host wait for the
-    size of every block.
-    """
-    device, cu_seqlens = device or cu_seqlens.device, cu_seqlens.cpu()
+def lengths_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """The lengths of a row's sequences; waits for a card if they are there. ValueError where they are none."""
     bounds = [int(value) for value in cu_seqlens.tolist()]
-    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
     if not lengths or bounds[0] != 0 or min(lengths) < 1:
         raise ValueError(f"cu_seqlens must start at 0 and rise at every sequence, got {bounds[:8]}")
-    starts, sizes = cu_seqlens[:-1].long(), torch.diff(cu_seqlens).long()
-    to_row = torch.empty(bounds[-1], dtype=torch.long)
+    return lengths
+
+
+def plan(lengths: Sequence[int], chunk: int, device: torch.device) -> PackedLayout:
+    """The layout of the row whose sequences have these lengths, for tokens on `device`. `chunk`: the scan's.
+
+    It is computed on the host: a card would make the host wait for the size of every block.
+    """
+    sizes, count = torch.tensor(lengths), sum(lengths)
+    starts = sizes.cumsum(0) - sizes
+    to_row = torch.empty(count, dtype=torch.long)
     pieces: list[torch.Tensor] = []
     blocks: list[Block] = []
     flat = 0
@@ -103,40 +108,59 @@ def plan(cu_seqlens: torch.Tensor, chunk: int, device: torch.device | None = Non
         blocks=tuple(blocks),
         to_flat=_sent(torch.cat(pieces), device),
         to_row=_sent(to_row, device),
-        identity=len(blocks) == 1 and flat == bounds[-1],
+        identity=len(blocks) == 1 and flat == count,
     )
 
 
 def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host's values on the device, without waiting for the copy."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    """The values on the device; from the host to a card without waiting for the copy."""
+    if device.type == "cpu" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
     """Megatron's packed-sequence record with our layout: it travels through MambaStack to every layer unchanged.
 
-    `layout` is that of the whole row; with context parallelism `cut` says which of its tokens this rank holds.
+    `lengths` are those of the row's sequences; with context parallelism `cut` says which of its tokens this rank holds.
     """
 
-    layout: PackedLayout | None = field(default=None)
+    lengths: tuple[int, ...] = field(default=())
+    chunk: int = field(default=1)
     cut: RowCut | None = field(default=None)
     routing: Routing | None = field(default=None)  # what the routers of this call replay or record
+
+    @cached_property
+    def layout(self) -> PackedLayout:
+        """The layout of the whole row, made for the first layer that asks."""
+        return plan(self.lengths, self.chunk, self.cu_seqlens_q.device)
+
+    @cached_property
+    def sequence_1T(self) -> torch.Tensor:
+        """The number of each token's sequence, int32 [1, T]: what kernels call `seq_idx`."""
+        sizes = torch.diff(self.cu_seqlens_q)
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32, device=sizes.device)
+        return torch.repeat_interleave(numbers, sizes, output_size=sum(self.lengths))[None]
 
 
 def packed_row(
     cu_seqlens: torch.Tensor, chunk: int, cut: RowCut | None = None, device: torch.device | None = None
 ) -> PackedRow:
-    """The record to hand to MambaModel.forward as `packed_seq_params`, for tokens on `device` (None: as `plan`)."""
-    device, bounds = device or cu_seqlens.device, cu_seqlens.cpu()
-    longest, there = int(torch.diff(bounds).max()), _sent(bounds, device)
+    """The record to hand to MambaModel.forward as `packed_seq_params`.
+
+    `device`: where the tokens are, None where the boundaries are.
+    """
+    lengths = lengths_of(cu_seqlens)
+    longest, there = max(lengths), cu_seqlens if device is None else _sent(cu_seqlens, device)
     return PackedRow(
         qkv_format="thd",
         cu_seqlens_q=there,
         cu_seqlens_kv=there,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=plan(bounds, chunk, device),
+        lengths=lengths,
+        chunk=chunk,
         cut=cut,
     )
 

@@ -134,13 +134,13 @@ def stack_spec(config: NemotronHConfig, parts: Parts, dispatcher: str) -> Module
 def local_parts(precision: str) -> Parts:
     """Our modules between Megatron's parallel linear layers.
 
-    On a card the scan runs on mamba-ssm's kernels where they are installed, but in fp32, whose products they round to
-    TF32.
+    On a card scan and norms run on mamba-ssm's kernels where they are installed, but in fp32, whose products they round
+    to TF32.
     """
     mixer = mixer_class() if torch.cuda.is_available() and precision != "fp32" else Mamba2Mixer
     return Parts(
         stack=LocalStack, mixer=mixer, column=ColumnParallelLinear, row=RowParallelLinear,
-        core_attention=CoreAttention, experts=LocalExperts, norm=RMSNorm, mamba_norm=RMSNorm,
+        core_attention=CoreAttention, experts=LocalExperts, norm=mixer.norm_class, mamba_norm=mixer.norm_class,
     )  # fmt: skip
 
 

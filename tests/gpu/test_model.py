@@ -30,6 +30,7 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 from nemo_cascade.models import convert, moe, nemotron_h
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mamba import Mamba2Mixer
+from nemo_cascade.models.norms import RMSNorm
 from nemo_cascade.models.packed import packed_row
 from nemo_cascade.models.parallel import ParallelLayout
 from nemo_cascade.models.routing import Routing
@@ -104,17 +105,49 @@ def test_te_is_local_in_bf16(layout: ParallelLayout) -> None:
 
 
 @pytest.mark.skipif(not installed("mamba_ssm"), reason="mamba_ssm is not installed")
-@torch.no_grad()
-def test_the_kernel_mixer_is_the_pytorch_one(layout: ParallelLayout) -> None:
+@pytest.mark.parametrize("lengths", [[600], [300, 1, 3, 129, 64, 103]], ids=["one sequence", "packed"])
+def test_the_kernel_mixer_is_the_pytorch_one(layout: ParallelLayout, lengths: list[int]) -> None:
+    """Output and all gradients, within bf16 rounding of the PyTorch mixer's: kernels for the whole row start afresh at
+    each boundary.
+    """
     from nemo_cascade.models.mamba_kernels import KernelMixer
 
     config = NemotronHConfig.preset("nemotron_h_50m")
     mixer = nemotron_h.build(config, layout, "bf16").decoder.layers[0].mixer
-    block = torch.randn(3, 200, mixer.conv_dim + mixer.heads, device=CUDA).bfloat16()
-    weights = mixer.scan_weights()
-    # by class: which of the two the mixer is depends on what is installed
-    expected, found = (kind._scan(mixer, block, weights).float() for kind in (Mamba2Mixer, KernelMixer))
-    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    bounds = torch.tensor([0, *lengths], device=CUDA).cumsum(0).int()
+    x = torch.randn(sum(lengths), 1, config.hidden_size, device=CUDA).bfloat16()
+    upstream = torch.randn(x.shape, device=CUDA)
+    found = []
+    for kind in (Mamba2Mixer, KernelMixer):  # by class: which of the two the mixer is depends on what is installed
+        mixer.__class__ = kind
+        mixer.zero_grad()
+        own = x.clone().requires_grad_()
+        out, _ = mixer(own, packed_seq_params=packed_row(bounds, config.chunk_size))
+        (out.float() * upstream).sum().backward()
+        gradients = {name: parameter.grad.float() for name, parameter in mixer.named_parameters()}
+        found.append({"output": out.detach().float(), "input": own.grad.float(), **gradients})
+    for name, value in found[0].items():
+        gap = (found[1][name] - value).norm() / value.norm()
+        assert gap < 0.03, (name, float(gap))
+
+
+@pytest.mark.skipif(not installed("mamba_ssm"), reason="mamba_ssm is not installed")
+def test_the_kernel_norm_is_the_pytorch_one(layout: ParallelLayout) -> None:
+    from nemo_cascade.models.mamba_kernels import KernelRMSNorm
+
+    norm = nemotron_h.build(NemotronHConfig.preset("nemotron_h_50m"), layout, "bf16").decoder.layers[0].norm
+    assert type(norm) is KernelRMSNorm and norm.weight.dtype == torch.float32
+    x, upstream = (torch.randn(700, 1, norm.weight.shape[0], device=CUDA).bfloat16() for _ in range(2))
+    found = []
+    for kind in (RMSNorm, KernelRMSNorm):
+        norm.__class__, own = kind, x.clone().requires_grad_()
+        norm.zero_grad()
+        out = norm(own)
+        out.backward(upstream)
+        found.append([out.detach(), own.grad, norm.weight.grad])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.float() - other.float()).norm() < 5e-3 * one.float().norm()
 
 
 def test_experts_at_once_are_experts_in_turn() -> None:
@@ -178,11 +211,14 @@ def test_a_row_is_planned_without_a_wait_for_the_device() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         row = packed_row(batch.cu_seqlens, 128, None, CUDA)
+        layout, numbers = row.layout, row.sequence_1T
     finally:
         torch.cuda.set_sync_debug_mode("default")
     host = packed_row(batch.cu_seqlens, 128)
-    assert row.layout.blocks == host.layout.blocks and row.cu_seqlens_q.tolist() == [0, 700, 701, 1500]
-    for own, other in ((row.layout.to_flat, host.layout.to_flat), (row.layout.to_row, host.layout.to_row)):
+    assert layout.blocks == host.layout.blocks and row.cu_seqlens_q.tolist() == [0, 700, 701, 1500]
+    for own, other in (
+        (layout.to_flat, host.layout.to_flat), (layout.to_row, host.layout.to_row), (numbers, host.sequence_1T)
+    ):  # fmt: skip
         assert own.is_cuda and torch.equal(own.cpu(), other)
 
 

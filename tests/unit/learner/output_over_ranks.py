@@ -1,4 +1,7 @@
-"""One of two ranks, each with half of the vocabulary: `output_over_ranks.py FOLDER`, RANK set, writes its numbers."""
+"""One of two ranks, each with half of the vocabulary: `output_over_ranks.py FOLDER DTYPE` writes the numbers of RANK.
+
+In float32 the kernels for a card compute them, in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_cascade.algorithms.kept import RAW, Distribution
+from nemo_cascade.learner import output
 from nemo_cascade.learner.output import output_logprobs
 
 DISTRIBUTIONS = (RAW, Distribution(temperature=1.3, top_p=0.9, top_k=11), Distribution(top_p=0.5))
@@ -26,13 +30,15 @@ def problem(count: int, vocabulary: int, width: int, dtype: torch.dtype) -> tupl
     return hidden.requires_grad_(), weight.requires_grad_(), targets, upstream
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, rank: int, dtype: torch.dtype) -> None:
     """The numbers of every distribution in FOLDER/RANK.pt."""
     torch.set_num_threads(1)
+    if dtype == torch.float32:
+        output._Vocabulary.kernels = property(lambda self: not self.distribution.cuts)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     answers = []
     for distribution in DISTRIBUTIONS:
-        hidden, weight, targets, upstream = problem(23, 48, 10, torch.float64)
+        hidden, weight, targets, upstream = problem(23, 48, 10, dtype)
         mine = weight.detach().chunk(2)[rank].clone().requires_grad_()
         logprobs, entropy = output_logprobs(hidden, mine, targets, distribution, dist.group.WORLD, chunk_logits=7 * 24)
         (logprobs * upstream).sum().backward()
@@ -42,4 +48,4 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(os.environ["RANK"]))
+    main(sys.argv[1], int(os.environ["RANK"]), getattr(torch, sys.argv[2]))

@@ -102,7 +102,7 @@ def test_a_frozen_side_gets_no_gradient(trained: str):
 
 def test_a_vocabulary_cut_over_two_ranks_gives_the_numbers_of_one(tmp_path: Path):
     """Each rank has half of the columns: its weight gradient is its rows of the whole, hidden's are to be summed."""
-    ranks.run(output_over_ranks.__file__, str(tmp_path))
+    ranks.run(output_over_ranks.__file__, str(tmp_path), "float64")
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for index, distribution in enumerate(output_over_ranks.DISTRIBUTIONS):
         hidden, weight, targets, upstream = output_over_ranks.problem(N, V, H, torch.float64)

@@ -78,9 +78,48 @@ def test_values_and_gradients_are_those_of_pytorch(
     for name, value in expected.items():
         gap = float((found[name] - value).abs().max() / value.abs().max())
         assert gap < close, (name, gap)
-    rows, tokens, _, _ = sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS[0]
-    assert rows * tokens >= sum(lengths)
+    calls = sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS
+    if conv:  # the row as it is, in one call
+        assert [call[:2] for call in calls] == [(1, sum(lengths))]
+    else:
+        assert len(calls) == len(packed_row(torch.tensor([0, *lengths]).cumsum(0).int(), 32).layout.blocks)
     assert bool(sys.modules["causal_conv1d"].CALLS) == conv
+
+
+def test_a_row_whose_places_int32_cannot_count_is_cut_into_its_sequences(
+    kernels: ModuleType, config: NemotronHConfig, layout: ParallelLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mixer = mixers(kernels, config, layout, "fp32")
+    lengths = [33, 4]
+    expected = run(mixer, lengths, torch.float32)
+    monkeypatch.setattr(kernels, "PLACES", 37 * (2 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads))
+    found = run(mixer, lengths, torch.float32)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    assert [call[:2] for call in sys.modules["mamba_ssm.ops.triton.ssd_combined"].CALLS] == [(1, 37), (2, 40)]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_norm_is_the_one_in_pytorch(
+    kernels: ModuleType, config: NemotronHConfig, layout: ParallelLayout, dtype: torch.dtype, close: float
+) -> None:
+    """Its weight is fp32 in both dtypes; the layers of the local spec begin with it where the kernels' mixer runs."""
+    assert kernels.KernelMixer.norm_class is kernels.KernelRMSNorm
+    built = nemotron_h.build(config, layout).decoder.layers[0].norm
+    found, generator = [], torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        built.weight.copy_(torch.rand(built.weight.shape, generator=generator) + 0.5)
+    x, upstream = (torch.randn(11, 1, config.hidden_size, generator=generator).to(dtype) for _ in range(2))
+    for kind in (type(built), kernels.KernelRMSNorm):
+        built.__class__, own = kind, x.clone().requires_grad_()
+        built.zero_grad()
+        out = built(own)
+        out.backward(upstream)
+        found.append((out.detach(), own.grad, built.weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() < close * one.abs().max()
+    assert sys.modules["mamba_ssm.ops.triton.layernorm_gated"].CALLS == [tuple(x.shape)]
 
 
 def test_channels_that_the_convolution_kernel_does_not_take_stay_in_pytorch(
