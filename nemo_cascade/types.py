@@ -267,6 +267,7 @@ class Batch:
     teacher_logprobs_TK: torch.Tensor | None = None  # and what the teacher says about these
     domain_S: torch.Tensor | None = None  # int64: `Sequence.domain` of each sequence
     routed_experts_TC: torch.Tensor | None = None  # uint8 [T, MoE layers * top-k], of the position itself
+    trained_N: torch.Tensor | None = None  # int64: where loss_mask_T is 1, known before the batch went to a card
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ def target_logprobs(
     """
     row = row_of(model, batch, routing)
     targets_t, mask_t = row.own(batch.targets_T), row.own(batch.loss_mask_T)
-    # the host waits for their number: here, before it has given a card the layers
-    rows_N = None if everywhere else mask_t.nonzero()[:, 0]
+    rows_N = None if everywhere else _trained(batch, row, mask_t)
     hidden_tH = model.hidden(row)
     weight, group = model.output_layer.weight, model.pg_collection.tp
     if rows_N is None:
@@ -49,6 +48,13 @@ def target_logprobs(
     logprobs_N, entropy_N = output_logprobs(hidden_NH, weight, targets_t[rows_N], distribution, group)
     empty_t = torch.zeros_like(mask_t)
     return row.whole(empty_t.index_copy(0, rows_N, logprobs_N)), row.whole(empty_t.index_copy(0, rows_N, entropy_N))
+
+
+def _trained(batch: Batch, row: Row, mask_t: torch.Tensor) -> torch.Tensor:
+    """This rank's positions whose targets are trained. Asked of a card, the host waits for all it has given it."""
+    if batch.trained_N is not None and row.packed.cut is None:  # a row that is not cut is padded at its end only
+        return batch.trained_N
+    return mask_t.nonzero()[:, 0]
 
 
 def vocabulary_logprobs(
@@ -111,6 +117,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the policy's device, but for `cu_seqlens`, which the host reads; the same object on CPU."""
     if device.type == "cpu":
         return batch
+    batch = dataclasses.replace(batch, trained_N=batch.loss_mask_T.nonzero()[:, 0])
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     moved = {name: value.to(device) for name, value in fields.items() if value is not None and name != "cu_seqlens"}
     return dataclasses.replace(batch, **moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -75,6 +76,18 @@ class LearnerSettings:
     tokenizer: str | None = None  # folder whose tokenizer and chat template exported folders carry
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """A micro-batch's metrics while they are on the device: reading them waits for it."""
+
+    names: tuple[str, ...]
+    values: torch.Tensor  # float64, which holds any of them as it is
+
+    def read(self) -> dict[str, float]:
+        """Name -> value."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
 class MegatronLearner:
     """The trainable policy (protocol `Learner`). Every rank calls every method, also with no sequence of its own.
 
@@ -127,7 +140,8 @@ class MegatronLearner:
             batches = self._training_batches(sequences, objective)
         self.model.train()
         self.trainer.zero_grad()
-        parts = pipeline.train(self.model, batches, lambda batch: self._loss(batch, objective, denominators), watch)
+        loss_of = functools.partial(self._loss, objective=objective, denominators=denominators)
+        parts = pipeline.train(self.model, batches, loss_of, _Numbers.read, watch)
         with watch.measure("reduce"):
             norm = self.trainer.reduce_gradients()
         tokens = sum(len(sequence.token_ids) for sequence in sequences)
@@ -306,7 +320,7 @@ class MegatronLearner:
 
     def _loss(
         self, batch: Batch, objective: Objective, denominators: dict[str, float]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, _Numbers]:
         """Loss and metrics of one micro-batch; on the last pipeline stage."""
         routing = replayed(self.model, batch)
         if objective.needs_logits:
@@ -316,12 +330,10 @@ class MegatronLearner:
             scores, entropy_T = target_logprobs(self.model, batch, self.settings.distribution, False, routing)
         loss, parts = objective.loss(scores, batch, denominators)
         entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
-        parts = {**parts, "entropy": entropy}
-        values = torch.stack([value.detach().double() for value in parts.values()])
-        metrics = dict(zip(parts, values.tolist(), strict=True))  # one wait for the device, not one a metric
+        metrics = {**parts, "entropy": entropy}
         if routing is not None:
-            metrics["routing_flips"], metrics["routing_choices"] = routing.difference()
-        return loss, metrics
+            metrics["routing_flips"], metrics["routing_choices"] = routing.counts()
+        return loss, _Numbers(tuple(metrics), torch.stack([value.detach().double() for value in metrics.values()]))
 
     def _vocabulary(self, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
         """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""

@@ -18,21 +18,27 @@ from nemo_cascade.models.routing import NO_REPLAY
 from nemo_cascade.types import Batch, UserError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def train(
-    model: NemotronH, batches: Sequence[Batch], loss_of: Callable[[Batch], tuple[torch.Tensor, T]], watch: Stopwatch
-) -> list[T]:
+    model: NemotronH,
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], tuple[torch.Tensor, T]],
+    read: Callable[[T], U],
+    watch: Stopwatch,
+) -> list[U]:
     """Forward and backward of every micro-batch; gradients stay in Megatron's buffers.
 
-    `loss_of` gives a batch's loss and what to keep of it; it runs on the last stage only, and every stage gets what it
-    kept.
+    `loss_of` gives a batch's loss and what to keep of it; it runs on the last stage only, and every stage gets what
+    `read` says of that. It is read after the last micro-batch, so that no card runs empty meanwhile.
     """
     if model.pg_collection.pp.size() > 1:
         if any(batch.routed_experts_TC is not None for batch in batches):
             raise UserError(NO_REPLAY)
         with watch.measure("pipeline"):
-            return from_last_stage(_scheduled(model, batches, loss_of, backward=True))
+            kept = _scheduled(model, batches, loss_of, backward=True)
+            return from_last_stage([read(keep) for keep in kept])
     kept = []
     for batch in batches:
         with watch.measure("forward"):
@@ -40,7 +46,7 @@ def train(
         with watch.measure("backward"):
             loss.backward()
         kept.append(keep)
-    return kept
+    return [read(keep) for keep in kept]
 
 
 @torch.no_grad()

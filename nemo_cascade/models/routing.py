@@ -81,11 +81,16 @@ class Routing:
         """(replayed choices that are not among the router's own, replayed choices); collective as `chosen`."""
         if self._counts is None:
             return 0.0, 0.0
+        flips, compared = self.counts().tolist()
+        return float(flips), float(compared)
+
+    def counts(self) -> torch.Tensor:
+        """`difference` after a replay, int64 [2] on the device: whoever reads it waits, this does not."""
+        assert self._counts is not None, "nothing was replayed"
         counts = self._counts.clone()
         if self._group is not None and self._group.size() > 1:
             dist.all_reduce(counts, group=self._group)
-        flips, compared = counts.tolist()
-        return float(flips), float(compared)
+        return counts
 
     def chosen(self) -> torch.Tensor:
         """The experts used, uint8 [T, MoE layers, top-k]; collective over tensor-parallel ranks."""

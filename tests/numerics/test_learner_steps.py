@@ -10,8 +10,11 @@ from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
 
 import torch  # isort: skip
 
+from nemo_cascade.algorithms.kept import RAW
 from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gradient
 from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
+from nemo_cascade.data.packing import to_batch
+from nemo_cascade.learner.forward import target_logprobs
 from nemo_cascade.types import Sequence, UserError
 from tests.numerics.learner_worker import TINY
 from tests.numerics.tiny_learner import build, flat, sequences
@@ -57,6 +60,19 @@ def test_the_top_k_reverse_kl_of_the_whole_vocabulary_is_the_exact_one_and_less_
     assert 0.0 < steps["top"]["reverse_kl"] < 0.9 * steps["exact"]["reverse_kl"]
     with pytest.raises(UserError, match="distill.top_k: 65 is more than the vocabulary's 64 tokens"):
         build().update(own, distillation(DistillConfig(kind="topk", top_k=65)))
+
+
+def test_positions_found_before_the_row_are_those_of_its_mask():
+    """A batch on a card brings them, so that the host need not wait for their number."""
+    model, batch = build().model, to_batch(sequences())
+    trained_N = batch.loss_mask_T.nonzero()[:, 0]
+    assert batch.trained_N is None and 0 < len(trained_N) < len(batch.tokens_T)
+    expected, found, fewer = (
+        [values_T.detach() for values_T in target_logprobs(model, given, RAW, everywhere=False)]
+        for given in (batch, *(dataclasses.replace(batch, trained_N=own_N) for own_N in (trained_N, trained_N[1:])))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert fewer[0][trained_N[0]] == 0.0 != expected[0][trained_N[0]]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):
