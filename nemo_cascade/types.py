@@ -257,7 +257,7 @@ class Batch:
     loss_mask_T: torch.Tensor  # float32, 0 or 1
     cu_seqlens: torch.Tensor  # int32 [S + 1], on the host also where the others are on a card
     sequence_T: torch.Tensor  # int64: local index of the sequence each position belongs to
-    group_S: torch.Tensor  # int64: group index of each sequence
+    group_S: torch.Tensor  # int64: group index of each sequence; on the host, as cu_seqlens
     advantages_T: torch.Tensor | None = None
     sampler_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None

@@ -80,7 +80,7 @@ def token_weights(
         return mask_T / max(denominators["tokens"], 1.0)
     if normalize == "group_tokens":
         sizes = [denominators.get(group_key(group), 1.0) for group in batch.group_S.tolist()]
-        tokens_S = mask_T.new_tensor(sizes)
+        tokens_S = torch.tensor(sizes, dtype=mask_T.dtype).to(mask_T.device, non_blocking=True)
         number = denominators["groups"]
     else:
         tokens_S = mask_T.new_zeros(batch.group_S.shape[0]).index_add_(0, batch.sequence_T, mask_T)

@@ -22,9 +22,7 @@ FILLER = Sequence(
 
 def row_of(model: NemotronH, batch: Batch, routing: Routing | None = None) -> Row:
     """The batch as the model's row."""
-    alone = model.pg_collection.ep.size() == 1  # then there is no FILLER, and no reason to wait for the device
-    counted = alone or int(batch.group_S[0]) >= 0
-    return model.row(batch.tokens_T, batch.cu_seqlens, counted=counted, routing=routing)
+    return model.row(batch.tokens_T, batch.cu_seqlens, counted=int(batch.group_S[0]) >= 0, routing=routing)
 
 
 def target_logprobs(
@@ -114,10 +112,11 @@ def routed(model: NemotronH, batch: Batch) -> list[bytes]:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the policy's device, but for `cu_seqlens`, which the host reads; the same object on CPU."""
+    """The batch on the policy's device, but for `cu_seqlens` and `group_S`, which the host reads; the same on CPU."""
     if device.type == "cpu":
         return batch
     batch = dataclasses.replace(batch, trained_N=batch.loss_mask_T.nonzero()[:, 0])
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    moved = {name: value.to(device) for name, value in fields.items() if value is not None and name != "cu_seqlens"}
+    stay = ("cu_seqlens", "group_S")
+    moved = {name: value.to(device) for name, value in fields.items() if value is not None and name not in stay}
     return dataclasses.replace(batch, **moved)

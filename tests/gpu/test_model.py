@@ -207,7 +207,7 @@ def test_experts_on_one_rank_never_wait_for_the_device(layout: ParallelLayout) -
 def test_a_row_is_planned_without_a_wait_for_the_device() -> None:
     rows = [Sequence(tokens(length, 512), (1,) * length) for length in (700, 1, 799)]
     batch = on_device(to_batch(rows), CUDA)
-    assert batch.tokens_T.is_cuda and not batch.cu_seqlens.is_cuda
+    assert batch.tokens_T.is_cuda and not batch.cu_seqlens.is_cuda and not batch.group_S.is_cuda
     assert batch.trained_N.is_cuda and torch.equal(batch.trained_N, batch.loss_mask_T.nonzero()[:, 0])
     torch.cuda.set_sync_debug_mode("error")
     try:
