@@ -103,12 +103,32 @@ def install() -> None:
     # tensor_parallel/random.py initialize_rng_tracker builds the CUDA tracker.
     mcore_random.CudaRNGStatesTracker = _rng_tracker_class()
     moe_utils.te_general_gemm = None  # type: ignore[attr-defined]  # Transformer Engine's needs a card
+    _optimizer_in_pytorch()
     # pipeline_parallel/p2p_communication.py:242,398 synchronise the device after a send.
     torch.cuda.synchronize = _no_op  # type: ignore[assignment]
     # moe/token_dispatcher.py:464 opens a side stream for copies to the host, and :839-885 makes and awaits them there.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _CPU
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_as_numbers
     _installed = True
+
+
+def _optimizer_in_pytorch() -> None:
+    """Where Transformer Engine is installed and no card is there, AdamW and the norm of gradients are PyTorch's, as
+    where it is not: optimizer/__init__.py:13, clip_grads.py:11, optimizer.py:17 and distrib_optimizer.py:25 take its
+    kernels when they are imported.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed
+
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False
+    for module in (clip_grads, mixed):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:

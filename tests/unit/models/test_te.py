@@ -49,6 +49,35 @@ def test_te_spec_asks_for_fp8_where_the_profile_says(precision: str, variables: 
     assert f"{precision}: difference to the emulation" in said
 
 
+UPDATES = """
+from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+import sys, torch
+from nemo_cascade.algorithms.loss import cross_entropy
+from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
+from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.types import Sequence
+hardware = HardwareConfig(distributed_optimizer=sys.argv[1] == "distributed")
+settings = LearnerSettings(OptimizerConfig(lr=1e-3, clip_grad=0.1), 4, hardware=hardware)
+learner = MegatronLearner(NemotronHConfig.preset("nano"), settings)
+rows = [Sequence(tuple(range(20, 20 + length)), (1,) * length) for length in (9, 30)]
+found = [learner.update(rows, cross_entropy("token")) for _ in range(3)]
+print([(step["loss"], step["grad_norm"]) for step in found])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["whole", "distributed"])
+def test_transformer_engine_without_a_card_trains_in_pytorch(optimizer: str) -> None:
+    """As in the container on a machine without a GPU: its optimizers are there and would fail."""
+    said = on_stand_ins("-c", UPDATES, optimizer)
+    path, threads = os.pathsep.join(sys.path), {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    alone = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UPDATES, optimizer],
+        env={**os.environ, "PYTHONPATH": path, **threads}, capture_output=True, text=True, timeout=400, check=True,
+    )  # fmt: skip
+    assert said == alone.stdout and said.startswith("[(6.")
+
+
 REFUSED = """
 import os
 from nemo_cascade.models.precision import check_installed

@@ -225,6 +225,13 @@ def unused(name: str) -> type[Unused]:
     return Unused
 
 
+class NeedsCard:
+    """An optimizer or a function over lists of tensors: CUDA kernels."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+
+
 layers = (
     RMSNorm, LayerNorm, Linear, LayerNormLinear, GroupedLinear, DotProductAttention, Fp8Padding, Fp8Unpadding,
 )  # fmt: skip
@@ -235,6 +242,8 @@ pytorch = submodule(
     fp8=submodule("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast),
     **{name: submodule(f"pytorch.{name}", __getattr__=unused) for name in ("ops", "distributed", "router", "tensor")},
 )
+over_lists = ("multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale", "FusedAdam", "FusedSGD")
+submodule("pytorch.optimizers", **dict.fromkeys(over_lists, NeedsCard))
 recipes = (Format, DelayedScaling, Float8BlockScaling, MXFP8BlockScaling)
 common = submodule(
     "common", recipe=submodule("common.recipe", **{kind.__name__: kind for kind in recipes}, __getattr__=unused)
