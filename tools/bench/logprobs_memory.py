@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nemo_cascade.algorithms.kept import logprobs_and_entropy
-from nemo_cascade.learner.output import CHUNK_LOGITS, output_logprobs
+from nemo_cascade.learner.output import output_logprobs
 from tools.bench.convert_memory import resident
 
 WAYS = ("naive", "chunked")
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=131072)
     parser.add_argument("--width", type=int, default=64, help="of the hidden states (default 64)")
-    parser.add_argument("--chunk-logits", type=int, default=CHUNK_LOGITS, help=f"at once (default {CHUNK_LOGITS:,})")
+    parser.add_argument("--chunk-logits", type=int, help="at once (default: as many as the Learner takes)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of hidden states and weight")
     parser.add_argument("--json", action="store_true")
