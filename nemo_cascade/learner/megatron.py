@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,12 @@ class _Numbers:
 
     names: tuple[str, ...]
     values: torch.Tensor  # float64, which holds any of them as it is
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, torch.Tensor | float], device: torch.device) -> _Numbers:
+        """From tensors of one element; numbers, too."""
+        values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in metrics.values()]
+        return cls(tuple(metrics), torch.stack([value.detach().reshape(()) for value in values]))
 
     def read(self) -> dict[str, float]:
         """Name -> value."""
@@ -333,7 +339,7 @@ class MegatronLearner:
         metrics = {**parts, "entropy": entropy}
         if routing is not None:
             metrics["routing_flips"], metrics["routing_choices"] = routing.counts()
-        return loss, _Numbers(tuple(metrics), torch.stack([value.detach().double() for value in metrics.values()]))
+        return loss, _Numbers.of(metrics, loss.device)
 
     def _vocabulary(self, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
         """Log-probabilities [T, V] of the whole vocabulary; on the last pipeline stage."""

@@ -15,7 +15,7 @@ from nemo_cascade.algorithms.loss import cross_entropy, distillation, policy_gra
 from nemo_cascade.config.schema import DistillConfig, LossConfig, OptimizerConfig
 from nemo_cascade.data.packing import to_batch
 from nemo_cascade.learner.forward import target_logprobs
-from nemo_cascade.types import Sequence, UserError
+from nemo_cascade.types import Batch, Sequence, UserError
 from tests.numerics.learner_worker import TINY
 from tests.numerics.tiny_learner import build, flat, sequences
 
@@ -73,6 +73,18 @@ def test_positions_found_before_the_row_are_those_of_its_mask():
     )
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     assert fewer[0][trained_N[0]] == 0.0 != expected[0][trained_N[0]]
+
+
+def test_an_objective_may_report_numbers_beside_tensors() -> None:
+    objective = cross_entropy("token")
+
+    def with_more(scores: torch.Tensor, batch: Batch, denominators: dict[str, float]):
+        loss, parts = objective.loss(scores, batch, denominators)
+        return loss, {**parts, "number": 0.25, "one_element": loss[None]}
+
+    metrics = build().update(sequences(), dataclasses.replace(objective, loss=with_more))
+    assert metrics["number"] == 0.25 * metrics["micro_batches"]
+    assert metrics["one_element"] == pytest.approx(metrics["loss"], rel=1e-12)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path):

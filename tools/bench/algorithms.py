@@ -170,7 +170,7 @@ def table(made: Comparison) -> str:
         medians.append([tried.way, f"{tried.rate:g}", str(tried.warmup), *shares])
     lines = [*_rows(scores), "", *_rows(costs), "", f"Medians over {len(made.seeds)} seed(s):", "", *_rows(medians)]
     if made.tuned:
-        lines += ["", "Tuning: steps until back on `select` tasks.", "", *_rows(_tuning(made.tuned))]
+        lines += ["", "Tuning: steps until back on `select` tasks, and the worst share at the end.", "", *_rows(_tuning(made.tuned))]
     return "\n".join(lines)
 
 
@@ -180,9 +180,15 @@ def _tuning(tuned: Sequence[Measured]) -> list[list[str]]:
         row = [tried.way, f"{tried.rate:g}", str(tried.warmup)]
         for item in tuned:
             own = [curve for curve in item.curves if curve.tried == tried]
-            row.append("".join(str(_back_after(curve) or f"over {curve.reached.steps}") for curve in own))
+            row.append("".join(_back_and_end(curve) for curve in own))
         cells.append(row)
     return cells
+
+
+def _back_and_end(curve: Curve) -> str:
+    """Steps until back, and what became of it: the worst domain's share at the end of the run."""
+    steps = _back_after(curve)
+    return f"{steps or f'over {curve.reached.steps}'}, at the end {curve.points[-1].share:.2f}"
 
 
 def figure(seeds: Sequence[Measured]) -> str:
