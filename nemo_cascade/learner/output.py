@@ -111,8 +111,7 @@ class _Vocabulary:
         """The same three numbers; each rank's sums are below its own maximum and are moved below that of all."""
         from nemo_cascade.learner import output_kernels
 
-        columns_N1, here_N1 = self.own(targets_N)
-        columns_N = columns_N1.masked_fill(~here_N1, output_kernels.ELSEWHERE)[:, 0]
+        columns_N = self._columns(targets_N)
         logits_NV = F.linear(hidden_NH, self.weight_VH)
         own_N, sum_N, inner_N, chosen_N = output_kernels.reduced(logits_NV, columns_N, self.distribution.temperature)
         if self.group is None:
@@ -120,7 +119,14 @@ class _Vocabulary:
         top_N = self.over_ranks(own_N.clone(), dist.ReduceOp.MAX)
         below_N = own_N - top_N
         inner_N, sum_N = below_N.exp() * (inner_N + below_N * sum_N), below_N.exp() * sum_N
-        return self._summed(top_N, sum_N, inner_N, torch.where(here_N1[:, 0], chosen_N - top_N, 0.0))
+        return self._summed(top_N, sum_N, inner_N, torch.where(columns_N < 0, 0.0, chosen_N - top_N))
+
+    def _columns(self, targets_N: torch.Tensor) -> torch.Tensor:
+        """The column of each target [N] as the kernels want it."""
+        from nemo_cascade.learner import output_kernels
+
+        columns_N1, here_N1 = self.own(targets_N)
+        return columns_N1.masked_fill(~here_N1, output_kernels.ELSEWHERE)[:, 0]
 
     def _summed(
         self, top_N: torch.Tensor, sum_N: torch.Tensor, inner_N: torch.Tensor, chosen_N: torch.Tensor
@@ -141,13 +147,12 @@ class _Vocabulary:
         last: Last,
     ) -> torch.Tensor:
         """Gradient of a chunk's logits [N, V] in the weight's dtype: d log p / d s_v = [v = y] - p_v."""
-        columns_N1, here_N1 = self.own(targets_N)
         if self.kernels:
             from nemo_cascade.learner import output_kernels
 
-            columns_N = columns_N1.masked_fill(~here_N1, output_kernels.ELSEWHERE)[:, 0]
-            logits_NV = F.linear(hidden_NH, self.weight_VH)
+            columns_N, logits_NV = self._columns(targets_N), F.linear(hidden_NH, self.weight_VH)
             return output_kernels.differentiate_(logits_NV, columns_N, total_N, grad_N, self.distribution.temperature)
+        columns_N1, here_N1 = self.own(targets_N)
         scores_NV = self.scores(hidden_NH)
         if last:
             self.cut(scores_NV, last, targets_N)

@@ -170,7 +170,8 @@ def table(made: Comparison) -> str:
         medians.append([tried.way, f"{tried.rate:g}", str(tried.warmup), *shares])
     lines = [*_rows(scores), "", *_rows(costs), "", f"Medians over {len(made.seeds)} seed(s):", "", *_rows(medians)]
     if made.tuned:
-        lines += ["", "Tuning: steps until back on `select` tasks, and the worst share at the end.", "", *_rows(_tuning(made.tuned))]
+        said = "Tuning: steps until back on `select` tasks, and the worst share at the end."
+        lines += ["", said, "", *_rows(_tuning(made.tuned))]
     return "\n".join(lines)
 
 
