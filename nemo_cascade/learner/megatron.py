@@ -338,7 +338,7 @@ class MegatronLearner:
         entropy = (entropy_T * batch.loss_mask_T).sum() / max(denominators.get("tokens", 1.0), 1.0)
         metrics = {**parts, "entropy": entropy}
         if routing is not None:
-            metrics["routing_flips"], metrics["routing_choices"] = routing.counts()
+            metrics["routing_flips"], metrics["routing_choices"] = routing.difference()
         return loss, _Numbers.of(metrics, loss.device)
 
     def _vocabulary(self, batch: Batch, routing: Routing | None = None) -> torch.Tensor:

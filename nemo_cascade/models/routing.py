@@ -77,15 +77,11 @@ class Routing:
         self._used[layer] = used_Tk
         return scores_TE.gather(1, used_Tk), used_Tk
 
-    def difference(self) -> tuple[float, float]:
-        """(replayed choices that are not among the router's own, replayed choices); collective as `chosen`."""
-        if self._counts is None:
-            return 0.0, 0.0
-        flips, compared = self.counts().tolist()
-        return float(flips), float(compared)
+    def difference(self) -> torch.Tensor:
+        """After a replay, int64 [2]: replayed choices that are not among the router's own, and replayed choices.
 
-    def counts(self) -> torch.Tensor:
-        """`difference` after a replay, int64 [2] on the device: whoever reads it waits, this does not."""
+        On the device: whoever reads it waits, this does not. Collective as `chosen`.
+        """
         assert self._counts is not None, "nothing was replayed"
         counts = self._counts.clone()
         if self._group is not None and self._group.size() > 1:

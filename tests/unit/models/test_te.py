@@ -38,7 +38,8 @@ def on_stand_ins(*words: str, kernels: bool = False, **variables: str) -> str:
 @pytest.mark.slow
 def test_te_spec_on_the_stand_in_is_the_local_one() -> None:
     """One published state dict for both; same logits and gradients in bf16 where both use the same experts."""
-    on_stand_ins(str(HERE / "te_worker.py"))
+    said = on_stand_ins(str(HERE / "te_worker.py"))
+    assert said.endswith("39 parameters with one name, one value and one gradient in both specs\n")
 
 
 @pytest.mark.slow
