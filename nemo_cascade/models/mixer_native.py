@@ -92,7 +92,7 @@ class _Mix(torch.autograd.Function):
         out, y = (row_TC.new_empty(row_TC.shape[0], inner) for _ in range(2))
         states = row_TC.new_empty(chunks, sizes.heads, sizes.state, sizes.width) if kept else None
         shape = sizes.struct()
-        scratch = _scratch(loaded, shape, bounds)
+        scratch = _scratch(loaded, shape)
         loaded.mixer_forward(
             ctypes.byref(shape), _pointers(operands), _pointer(row_TC), _number(row_TC.stride(0)), _bounds(bounds),
             _number(len(bounds) - 1), _pointer(out), _pointer(y), None if states is None else _pointer(states),
@@ -110,7 +110,7 @@ class _Mix(torch.autograd.Function):
         assert loaded is not None
         grad_row = torch.empty_like(row_TC, memory_format=torch.contiguous_format)
         grads = [torch.zeros_like(operand) for operand in operands]
-        scratch, grad_TI = _scratch(loaded, shape, bounds), grad_TI.contiguous()
+        scratch, grad_TI = _scratch(loaded, shape), grad_TI.contiguous()
         loaded.mixer_backward(
             ctypes.byref(shape), _pointers(operands), _pointer(row_TC), _number(row_TC.stride(0)), _bounds(bounds),
             _number(len(bounds) - 1), _pointer(y), _pointer(states), _pointer(grad_TI),
@@ -135,7 +135,6 @@ def _bounds(bounds: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(bounds))(*bounds)
 
 
-def _scratch(loaded: ctypes.CDLL, shape: _Shape, bounds: Sequence[int]) -> torch.Tensor:
+def _scratch(loaded: ctypes.CDLL, shape: _Shape) -> torch.Tensor:
     """What C works in; the caller holds it until C has returned."""
-    longest = max(end - begin for begin, end in itertools.pairwise(bounds))
-    return torch.empty(loaded.mixer_scratch(ctypes.byref(shape), _number(longest)), dtype=torch.float32)
+    return torch.empty(loaded.mixer_scratch(ctypes.byref(shape)), dtype=torch.float32)
