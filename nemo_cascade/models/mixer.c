@@ -164,14 +164,10 @@ static void gate_forward(const Shape *m, const float *norm, const float *restric
                          float *restrict out) {
     int64_t size = inner_of(m) / m->groups;
     for (int64_t g = 0; g < m->groups; g++) {
-        float square_sum = 0.0f;
-#pragma omp simd reduction(+ : square_sum)
-        for (int64_t i = g * size; i < (g + 1) * size; i++) {
-            float gated = y[i] * z[i] * sigmoid(z[i]);
-            out[i] = gated;
-            square_sum += gated * gated;
-        }
-        float inverse = 1.0f / sqrtf(square_sum / size + m->eps);
+        lanes squares = {0};
+        for (int64_t i = g * size; i < (g + 1) * size; i++) out[i] = y[i] * z[i] * sigmoid(z[i]);
+        for (int64_t i = g * size; i < (g + 1) * size; i += LANES) squares += load(out + i) * load(out + i);
+        float inverse = 1.0f / sqrtf(sum(squares) / size + m->eps);
         for (int64_t i = g * size; i < (g + 1) * size; i++) out[i] *= inverse * norm[i];
     }
 }
@@ -218,16 +214,16 @@ static void gate_backward(const Shape *m, const float *restrict norm, const floa
                           float *restrict dnorm) {
     int64_t size = inner_of(m) / m->groups;
     for (int64_t g = 0; g < m->groups; g++) {
-        float square_sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : square_sum, product)
+        lanes squares = {0}, products = {0};
         for (int64_t i = g * size; i < (g + 1) * size; i++) {
-            float gate = sigmoid(z[i]), gated = y[i] * z[i] * gate;
-            dz[i] = gate;
-            dy[i] = gated;
-            square_sum += gated * gated;
-            product += dout[i] * norm[i] * gated;
+            dz[i] = sigmoid(z[i]);
+            dy[i] = y[i] * z[i] * dz[i];
         }
-        float inverse = 1.0f / sqrtf(square_sum / size + m->eps), mean = product * inverse * inverse / size;
+        for (int64_t i = g * size; i < (g + 1) * size; i += LANES) {
+            squares += load(dy + i) * load(dy + i);
+            products += load(dout + i) * load(norm + i) * load(dy + i);
+        }
+        float inverse = 1.0f / sqrtf(sum(squares) / size + m->eps), mean = sum(products) * inverse * inverse / size;
         for (int64_t i = g * size; i < (g + 1) * size; i++) {
             float gated = dy[i], gate = dz[i];
             dnorm[i] += dout[i] * gated * inverse;
@@ -246,7 +242,7 @@ static void head_backward(const Shape *m, int64_t h, const Weights *weights, con
     float *dx = w->ds + h * P, *dstate = w->states + h * N * P;
     lanes begin = prepare_head(m, h, weights->D[h], w), end = load(w->decay + (CHUNK - 1) * CHUNK), dt = load(w->dt + h * CHUNK);
     prefetch(state + N * P, N * P);
-    lanes read = {0}, written = {0}, kept = {0}, ddt = {0}, dlog = {0}, dD = {0}, rows[LANES];
+    lanes read = {0}, written = {0}, kept = {0}, ddt = {0}, dlog = {0}, dD = {0};
     transpose(CHUNK, P, x, channels, w->x_t, CHUNK);
     transpose(CHUNK, P, g, inner, w->g_t, CHUNK);
     product(CHUNK, CHUNK, P, g, inner, 1, w->x_t, CHUNK, 0.0f, w->R, CHUNK);
@@ -262,20 +258,18 @@ static void head_backward(const Shape *m, int64_t h, const Weights *weights, con
     for (int64_t i = 0; i < N * P; i += LANES) kept += load(state + i) * load(dstate + i);
     /* log a_k moves what goes from a token before k to one from k on, to the end, or from the beginning to there */
     lanes across = written * (end * dt);
-#pragma GCC unroll 16
     for (int64_t i = CHUNK - 1; i >= 0; i--) {
         lanes R = load(w->R + i * CHUNK), decay = load(w->decay + i * CHUNK), before = first(i);
         lanes weight = load(w->scores + i * CHUNK) * decay * R;
         store(w->dscores + i * CHUNK, load(w->dscores + i * CHUNK) + R * decay * dt);
         ddt += weight;
         across += weight * dt;
-        rows[i] = across * before + read * (1.0f - before);
         dD += R * (first(i + 1) - before);
+        store(w->R + i * CHUNK, across * before + read * (1.0f - before));
     }
-    transpose_square(rows);
+    transpose(CHUNK, CHUNK, w->R, CHUNK, w->x_t, CHUNK);
     dlog += sum(kept) * begin[CHUNK - 1];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < CHUNK; i++) dlog += rows[i];
+    for (int64_t i = 0; i < CHUNK; i++) dlog += load(w->x_t + i * CHUNK);
     product(CHUNK, P, CHUNK, w->mixing, 1, CHUNK, g, inner, 0.0f, dx, channels);
     product(CHUNK, P, N, w->Bd, 1, CHUNK, dstate, P, 1.0f, dx, channels);
     product(N, P, CHUNK, w->Cd, CHUNK, 1, g, inner, begin[CHUNK - 1], dstate, P);
@@ -367,6 +361,7 @@ void mixer_backward(const Shape *m, const Weights *weights, const float *project
                 prefetch(z - CHUNK * stride, inner);
                 prefetch(y - CHUNK * inner, inner);
                 prefetch(g - CHUNK * inner, inner);
+                for (int64_t i = 0; i < wide; i += LANES) __builtin_prefetch(drow + (t - CHUNK) * wide + i, 1);
                 gate_backward(m, weights->norm, z, y, g, w->y + t * inner, drow + t * wide, w->norm);
             }
             memset(w->y + count * inner, 0, sizeof(float) * (CHUNK - count) * inner);

@@ -25,37 +25,47 @@ INLINE lanes first(int64_t k) {
     return load(steps + LANES - k);
 }
 
-/* `rows` x (`blocks` * LANES) of out = keep out + A B: A[r * a_row + k * a_column], B and out by rows. */
-INLINE void tile(const int rows, const int blocks, int64_t depth, const float *A, int64_t a_row, int64_t a_column,
+/* Accumulators of a tile: vectors as wide as the machine's, ROWS times two of them, so that all stay in registers. */
+#if defined(__AVX512F__)
+#define PART 16
+#define ROWS 8
+#elif defined(__AVX__)
+#define PART 8
+#define ROWS 4
+#else
+#define PART 4
+#define ROWS 4
+#endif
+typedef float part __attribute__((vector_size(4 * PART), aligned(4)));
+
+/* `rows` x (`parts` * PART) of out = keep out + A B: A[r * a_row + k * a_column], B and out by rows. */
+INLINE void tile(const int rows, const int parts, int64_t depth, const float *A, int64_t a_row, int64_t a_column,
                  const float *B, int64_t b_row, float keep, float *out, int64_t out_row) {
-    const float *low = A, *high = A + 4 * a_row; /* few addresses */
-    lanes made[8][2] = {{{0}}};
+    const float *low = A, *high = A + 4 * a_row; /* two pointers and three distances reach eight rows */
+    part made[ROWS][2] = {{{0}}};
     for (int64_t k = 0; k < depth; k++, low += a_column, high += a_column, B += b_row)
-        for (int b = 0; b < blocks; b++)
-            for (int r = 0; r < rows; r++) made[r][b] += load(B + b * LANES) * (r < 4 ? low : high)[r % 4 * a_row];
+        for (int p = 0; p < parts; p++)
+            for (int r = 0; r < rows; r++) made[r][p] += ((const part *)B)[p] * (r < 4 ? low : high)[r % 4 * a_row];
     for (int r = 0; r < rows; r++)
-        for (int b = 0; b < blocks; b++) {
-            float *to = out + r * out_row + b * LANES;
-            store(to, keep == 0.0f ? made[r][b] : load(to) * keep + made[r][b]);
+        for (int p = 0; p < parts; p++) {
+            part *to = (part *)(out + r * out_row) + p;
+            *to = keep == 0.0f ? made[r][p] : *to * keep + made[r][p];
         }
 }
 
-/* out [rows][columns] = keep out + A B over `depth`; an even number of rows, whole vectors of columns. */
+/* out [rows][columns] = keep out + A B over `depth`; an even number of rows, columns by LANES. */
 INLINE void product(int64_t rows, int64_t columns, int64_t depth, const float *A, int64_t a_row, int64_t a_column,
                     const float *B, int64_t b_row, float keep, float *out, int64_t out_row) {
-    int64_t r = 0;
-    for (int64_t size; r < rows; r += size) {
-        size = rows - r >= 8 ? 8 : 2;
-        const float *a = A + r * a_row;
-        float *to = out + r * out_row;
-        int64_t c = 0;
-        for (; c + 2 * LANES <= columns; c += 2 * LANES) {
-            if (size == 8) tile(8, 2, depth, a, a_row, a_column, B + c, b_row, keep, to + c, out_row);
-            else tile(2, 2, depth, a, a_row, a_column, B + c, b_row, keep, to + c, out_row);
-        }
-        if (c < columns) {
-            if (size == 8) tile(8, 1, depth, a, a_row, a_column, B + c, b_row, keep, to + c, out_row);
-            else tile(2, 1, depth, a, a_row, a_column, B + c, b_row, keep, to + c, out_row);
+    int64_t parts = columns / PART;
+    for (int64_t r = 0, size; r < rows; r += size, A += size * a_row, out += size * out_row) {
+        size = rows - r >= ROWS ? ROWS : 2;
+        for (int64_t p = 0; p < parts; p += 2) {
+            const float *b = B + p * PART;
+            float *to = out + p * PART;
+            if (size == ROWS && p + 1 < parts) tile(ROWS, 2, depth, A, a_row, a_column, b, b_row, keep, to, out_row);
+            else if (size == ROWS) tile(ROWS, 1, depth, A, a_row, a_column, b, b_row, keep, to, out_row);
+            else if (p + 1 < parts) tile(2, 2, depth, A, a_row, a_column, b, b_row, keep, to, out_row);
+            else tile(2, 1, depth, A, a_row, a_column, b, b_row, keep, to, out_row);
         }
     }
 }
@@ -71,27 +81,25 @@ INLINE void product(int64_t rows, int64_t columns, int64_t depth, const float *A
         v[r + (w)] = __builtin_shufflevector(low, high, EACH(HIGH, w));          \
     }
 
-/* LANES rows of LANES, their halves exchanged across the diagonal, then the quarters, ... */
-INLINE void transpose_square(lanes v[LANES]) {
-    EXCHANGE(v, 8)
-    EXCHANGE(v, 4)
-    EXCHANGE(v, 2)
-    EXCHANGE(v, 1)
-}
-
 /* to [columns][rows] from [rows][columns]. */
 static void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_row, float *to, int64_t to_row) {
     for (int64_t r = 0; r < rows; r += LANES)
         for (int64_t c = 0; c < columns; c += LANES) {
+#if PART == LANES /* whole squares: halves change places across the diagonal, then the quarters in each, ... */
             if (r + LANES <= rows && c + LANES <= columns) {
                 lanes v[LANES];
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) v[i] = load(from + (r + i) * from_row + c);
-                transpose_square(v);
+                EXCHANGE(v, 8)
+                EXCHANGE(v, 4)
+                EXCHANGE(v, 2)
+                EXCHANGE(v, 1)
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) store(to + (c + i) * to_row + r, v[i]);
-            } else
-                for (int64_t i = r; i < rows && i < r + LANES; i++)
-                    for (int64_t k = c; k < columns && k < c + LANES; k++) to[k * to_row + i] = from[i * from_row + k];
+                continue;
+            }
+#endif
+            for (int64_t i = r; i < rows && i < r + LANES; i++)
+                for (int64_t k = c; k < columns && k < c + LANES; k++) to[k * to_row + i] = from[i * from_row + k];
         }
 }
