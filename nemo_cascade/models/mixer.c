@@ -4,9 +4,9 @@
  * h_t = a_t h_{t-1} + B_t (dt_t x_t)^T, y_t = C_t h_t + D x_t; out = rmsnorm_group(y silu(z)) weight.
  * The recurrence runs in chunks of as many tokens as a vector has lanes (state-space duality), i and j in a chunk:
  *   decay_ij = a_i ... a_{j+1}, begin_i = a_i ... a_0, end_j = decay_{last,j}, S_ij = C_i B_j;
- *   y_i = sum_{j<=i} decay_ij S_ij dt_j x_j + D x_i + begin_i C_i h; h' = begin_last h + sum_j end_j dt_j B_j x_j^T.
- * The decays are products of a, not exp of differences, so that one of 0 leaves the others exact. All of a chunk stays in
- * the first cache levels; memory sees the row, out, y and the state that enters each chunk. Tokens that a chunk lacks are
+ *   y_i = sum_{j<=i} decay_ij S_ij dt_j x_j + D x_i + begin_i C_i h; h' = begin_last h + sum_j end_j B_j (dt_j x_j)^T.
+ * The decays are products of a, not exp of differences, so that one of 0 leaves the others exact. A chunk stays in the
+ * first cache levels; memory sees the row, out, y and the state that enters each chunk. Tokens that a chunk lacks are
  * zeros. Sums over tokens are made per sequence and then added up. Built by native.py, called by mixer_native.py.
  */
 #include <string.h>
@@ -49,8 +49,9 @@ typedef struct {
     float *draw;            /* [heads][CHUNK]: gradient of raw */
     float *ds;              /* [CHUNK][channels] */
     float *du;              /* [CHUNK + taps - 1][channels], the last rows from the chunk after this one */
-    float *dt_bias, *A_log, *D; /* [heads][CHUNK]: gradients, not yet summed over lanes */
-    float *conv, *conv_bias, *norm; /* gradients */
+    /* from du on zero when a sequence begins; gradients of weights */
+    float *dt_bias, *A_log, *D; /* [heads][CHUNK], not yet summed over lanes */
+    float *conv, *conv_bias, *norm;
 } Tiles;
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
@@ -98,9 +99,10 @@ INLINE void convolve(const int64_t taps, int64_t channels, const float *restrict
     }
 }
 
-/* s, gate, dt, slope and a of the `count` tokens from `begin` on; `in` has `stride` floats a row: x B C raw. */
-static void prepare(const Shape *m, const Weights *weights, const float *in, int64_t stride, int64_t begin, int64_t count,
-                    int64_t ahead, Tiles *w) {
+/* s, gate, dt, slope and a of the `count` tokens from `begin` on; `in` has `stride` floats a row: x B C raw. Asks for
+ * the row that lies `ahead` tokens on. */
+static void prepare(const Shape *m, const Weights *weights, const float *in, int64_t stride, int64_t begin,
+                    int64_t count, int64_t ahead, Tiles *w) {
     int64_t channels = channels_of(m), H = m->heads;
     const float *last = weights->conv + (m->taps - 1) * channels;
     for (int64_t t = 0; t < count; t++) {
@@ -173,10 +175,11 @@ static void gate_forward(const Shape *m, const float *norm, const float *restric
 }
 
 /* out [T][inner] from the projected row [z | x B C | raw]; y [T][inner] and the state entering each chunk
- * [chunks][heads][state][width] are kept for backward (no state where `kept_states` is null). `bounds` has sequences + 1
- * entries. */
-void mixer_forward(const Shape *m, const Weights *weights, const float *projected, int64_t stride, const int64_t *bounds,
-                   int64_t sequences, float *out, float *kept_y, float *kept_states, float *scratch) {
+ * [chunks][heads][state][width] are kept for backward (no state where `kept_states` is null). `bounds` has
+ * sequences + 1 entries. */
+void mixer_forward(const Shape *m, const Weights *weights, const float *projected, int64_t stride,
+                   const int64_t *bounds, int64_t sequences, float *out, float *kept_y, float *kept_states,
+                   float *scratch) {
     int64_t inner = inner_of(m), channels = channels_of(m), N = m->state, P = m->width, H = m->heads, square = N * P;
     Tiles tiles, *w = &tiles;
     place(m, w, scratch);
@@ -240,7 +243,8 @@ static void head_backward(const Shape *m, int64_t h, const Weights *weights, con
     int64_t inner = inner_of(m), channels = channels_of(m), N = m->state, P = m->width;
     const float *x = w->s + h * P, *g = w->y + h * P;
     float *dx = w->ds + h * P, *dstate = w->states + h * N * P;
-    lanes begin = prepare_head(m, h, weights->D[h], w), end = load(w->decay + (CHUNK - 1) * CHUNK), dt = load(w->dt + h * CHUNK);
+    lanes begin = prepare_head(m, h, weights->D[h], w), end = load(w->decay + (CHUNK - 1) * CHUNK);
+    lanes dt = load(w->dt + h * CHUNK);
     prefetch(state + N * P, N * P);
     lanes read = {0}, written = {0}, kept = {0}, ddt = {0}, dlog = {0}, dD = {0};
     transpose(CHUNK, P, x, channels, w->x_t, CHUNK);
@@ -340,9 +344,9 @@ static void add(float *restrict to, const float *restrict from, int64_t count) {
 }
 
 /* Gradients of the projected row (every entry is written) and of the weights (added to). */
-void mixer_backward(const Shape *m, const Weights *weights, const float *projected, int64_t stride, const int64_t *bounds,
-                    int64_t sequences, const float *kept_y, const float *kept_states, const float *dout, float *dprojected,
-                    Gradients *total, float *scratch) {
+void mixer_backward(const Shape *m, const Weights *weights, const float *projected, int64_t stride,
+                    const int64_t *bounds, int64_t sequences, const float *kept_y, const float *kept_states,
+                    const float *dout, float *dprojected, Gradients *total, float *scratch) {
     int64_t inner = inner_of(m), channels = channels_of(m), H = m->heads, wide = inner + channels + H;
     int64_t square = H * m->state * m->width;
     Tiles tiles, *w = &tiles;
@@ -357,11 +361,12 @@ void mixer_backward(const Shape *m, const Weights *weights, const float *project
             float *drow = dprojected + at * wide;
             prepare(m, weights, in, stride, begin, count, -CHUNK, w);
             for (int64_t t = 0; t < count; t++) {
-                const float *z = projected + (at + t) * stride, *y = kept_y + (at + t) * inner, *g = dout + (at + t) * inner;
+                const float *z = projected + (at + t) * stride, *y = kept_y + (at + t) * inner;
+                const float *g = dout + (at + t) * inner;
                 prefetch(z - CHUNK * stride, inner);
                 prefetch(y - CHUNK * inner, inner);
                 prefetch(g - CHUNK * inner, inner);
-                for (int64_t i = 0; i < wide; i += LANES) __builtin_prefetch(drow + (t - CHUNK) * wide + i, 1);
+                prefetch(drow + (t - CHUNK) * wide, wide);
                 gate_backward(m, weights->norm, z, y, g, w->y + t * inner, drow + t * wide, w->norm);
             }
             memset(w->y + count * inner, 0, sizeof(float) * (CHUNK - count) * inner);

@@ -1,9 +1,9 @@
 """What lies between a Mamba-2 mixer's projections as one node in C (`mixer.c`), for training in fp32 on a CPU.
 
 The same formulas as scan.py and norms.py, and the same numbers up to rounding. In PyTorch they are some 150 operations
-a layer, forward and backward, and most of their time goes into moving intermediates through memory; here a sequence
-stays in the cache. Where there is no C compiler, for other dtypes and shapes, on several threads and with context
-parallelism PyTorch does the work.
+a layer, forward and backward, and most of their time goes into moving intermediates through memory; here a chunk of
+tokens stays in the cache. Where there is no C compiler, for other dtypes and shapes, on several threads and with
+context parallelism PyTorch does the work.
 """
 
 from __future__ import annotations
