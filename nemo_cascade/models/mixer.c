@@ -245,7 +245,6 @@ static void head_backward(const Shape *m, int64_t h, const Weights *weights, con
     float *dx = w->ds + h * P, *dstate = w->states + h * N * P;
     lanes begin = prepare_head(m, h, weights->D[h], w), end = load(w->decay + (CHUNK - 1) * CHUNK);
     lanes dt = load(w->dt + h * CHUNK);
-    prefetch(state + N * P, N * P);
     lanes read = {0}, written = {0}, kept = {0}, ddt = {0}, dlog = {0}, dD = {0};
     transpose(CHUNK, P, x, channels, w->x_t, CHUNK);
     transpose(CHUNK, P, g, inner, w->g_t, CHUNK);
