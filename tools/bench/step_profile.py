@@ -31,7 +31,7 @@ from nemo_cascade.types import Sequence
 
 # A step is cut by the outermost of these names above an operation; backward nodes are named after the forward's.
 PARTS = {
-    "projections": ("LinearWithGradAccumulation", "aten::linear"),
+    "projections": ("LinearWithGradAccumulation", "_Linear", "aten::linear"),  # and the output layer
     "experts": ("_GroupedSquaredReluMLP",),
     "mixer in C": ("_Mix",),
     "scan": ("_ChunkedScan",),
@@ -49,7 +49,9 @@ KINDS = {
         "_Mix", "_MixBackward", "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
-    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm"),
+    "matrix products": (
+        "aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "mkldnn::_linear_pointwise",
+    ),
     "copies": (
         "aten::copy_", "aten::cat", "aten::index_select", "aten::index", "aten::index_copy_", "aten::zero_",
         "aten::fill_", "aten::masked_select", "aten::scatter", "aten::scatter_", "aten::scatter_add_", "aten::gather",
