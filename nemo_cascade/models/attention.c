@@ -13,7 +13,7 @@
 
 #define ROWS 16  /* queries of a block; keys begin a tile at multiples of it, so that only 16 x 16 corners are masked */
 #ifndef KEYS
-#define KEYS 64 /* keys of a tile */
+#define KEYS 256 /* keys of a tile */
 #endif
 #define WIDEST 256
 #define PITCH (WIDEST + LANES) /* floats from row to row of a block; no power of two, which would share cache lines' sets */

@@ -62,7 +62,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """The node. Keeps its inputs, its output, and of each query the highest score and the inverse sum of its weights."""
+    """The node. Keeps its inputs, its output and, of each query, highest score and inverse sum of the weights."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
