@@ -1,9 +1,9 @@
 """Causal attention of a packed row as one node in C (`attention.c`), for training in fp32 on a CPU.
 
 The numbers of torch's scaled_dot_product_attention up to rounding. That one wants blocks of sequences of one length:
-the row is copied there and back, padding is computed with, and its kernel for the CPU reaches a sixth of what the
-processor can do at small sizes. Where there is no C compiler, for other dtypes and widths, on several threads and with
-context parallelism PyTorch does the work.
+the row is copied there and back, padding is computed with, and its kernel for the CPU is slow at small sizes. Where
+there is no C compiler, on processors where it was not measured, for other dtypes and widths, on several threads and
+with context parallelism PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 
 from nemo_cascade.models.native import compiled
 
+LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.c")
-LANES, WIDEST = 16, 256  # as in the C file
+ROWS, WIDEST = 16, 256  # as in the C file
+MEASURED = ("AVX2", "AVX512")  # by torch's name; with vectors of 4 floats it was slower than torch
 
 
 class _Shape(ctypes.Structure):
@@ -34,6 +37,9 @@ class _View(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled attention, or None where it cannot be had; says once which it is."""
+    if torch.backends.cpu.get_cpu_capability() not in MEASURED:
+        LOG.info("training attention in plain PyTorch: this processor has neither AVX2 nor AVX-512")
+        return None
     loaded = compiled(SOURCE, "training attention")
     if loaded is not None:
         loaded.attention_scratch.restype = ctypes.c_int64
@@ -47,7 +53,7 @@ def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     ):
         return False
     width = query.shape[2]
-    return width % LANES == 0 and width <= WIDEST and library() is not None
+    return width % ROWS == 0 and width <= WIDEST and library() is not None
 
 
 def attend(

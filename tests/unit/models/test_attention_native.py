@@ -15,7 +15,7 @@ from nemo_cascade.models.attention_native import attend, library, usable
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.packed import packed_row
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler, or neither AVX2 nor AVX-512")
 
 CONFIG = NemotronHConfig(
     vocab_size=32, hidden_size=24, hybrid_override_pattern="M*E*", num_attention_heads=4, num_key_value_heads=2,
