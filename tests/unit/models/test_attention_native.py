@@ -179,17 +179,25 @@ def test_what_it_does_not_take_goes_to_pytorch() -> None:
     assert not usable(*parts)
 
 
-def test_without_a_compiler_pytorch_attends(
+def test_without_a_compiler_or_short_vectors_pytorch_attends(
     layout: ParallelLayout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     core = CoreAttention(nemotron_h.transformer_config(CONFIG, layout))
     parts, row = drawn(4, 2, 16), packed_row(torch.tensor(BOUNDS).int(), CONFIG.chunk_size)
     native = core(*parts, packed_seq_params=row)
-    for variable, value in (("NEMO_CASCADE_NATIVE", "0"), ("CC", "/bin/false")):
+
+    def stays_with_pytorch() -> None:
         library.cache_clear()
+        assert not usable(*parts)
+        torch.testing.assert_close(core(*parts, packed_seq_params=row), native, atol=2e-6, rtol=1e-5)
+
+    for variable, value in (("NEMO_CASCADE_NATIVE", "0"), ("CC", "/bin/false")):
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             patch.setenv(variable, value)
-            assert not usable(*parts)
-            torch.testing.assert_close(core(*parts, packed_seq_params=row), native, atol=2e-6, rtol=1e-5)
+            stays_with_pytorch()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        stays_with_pytorch()
     library.cache_clear()
+    assert usable(*parts)
