@@ -37,7 +37,7 @@ PARTS = {
     "scan": ("_ChunkedScan",),
     "convolution": ("_CausalConvSilu",),
     "norms and gates": ("_GroupedRMSNorm", "_SiluGate"),
-    "attention": ("scaled_dot_product", "ScaledDotProduct"),
+    "attention": ("_Attend", "scaled_dot_product", "ScaledDotProduct"),
     "router": ("RouterGating", "TopkBackward", "aten::topk", "Sigmoid", "aten::sigmoid"),
     "log-probabilities": ("_TargetLogprobs", "_ChunkedLogprobs"),
     "optimizer": ("optimizer",),
@@ -46,7 +46,7 @@ PARTS = {
 }  # fmt: skip
 KINDS = {
     "fused kernels": (
-        "_Mix", "_MixBackward", "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "_Mix", "_MixBackward", "_Attend", "_AttendBackward", "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
     "matrix products": (
