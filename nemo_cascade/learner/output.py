@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nemo_cascade.algorithms.kept import RAW, Distribution, keep_mask, logprobs_and_entropy
+from nemo_cascade.models.onednn import linear, multiply_rows
 
 CHUNK_LOGITS = 2**26
 """Logits that a rank holds at once: 256 MiB in fp32, the row of 512 tokens over a vocabulary of 131,072."""
@@ -52,7 +53,7 @@ def output_logprobs(
     if chunk_logits is None:
         chunk_logits = KERNEL_CHUNK_LOGITS if vocabulary.kernels else CHUNK_LOGITS
     if group is None and not vocabulary.kernels and targets_N.shape[0] * weight_VH.shape[0] <= chunk_logits:
-        logits_NV = F.linear(hidden_NH, weight_VH)
+        logits_NV = linear(hidden_NH, weight_VH)
         return logprobs_and_entropy(logits_NV.to(_precise(logits_NV.dtype)), targets_N, distribution)
     # where tokens are cut, each rank sees the scores of all of them
     columns = weight_VH.shape[0] * (group.size() if group is not None and distribution.cuts else 1)
@@ -167,7 +168,7 @@ class _Vocabulary:
 
     def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """This rank's logits over the temperature [N, V], a new tensor: at least fp32, but for `raw` as computed."""
-        product_NV = F.linear(hidden_NH, self.weight_VH)
+        product_NV = linear(hidden_NH, self.weight_VH)
         if self.distribution == RAW:
             return product_NV
         scores_NV = product_NV.to(_precise(product_NV.dtype))
@@ -246,7 +247,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             last = tuple(values[part] for values in last_kept)
             grad_NV = vocabulary.gradient(hidden_NH[part], targets_N[part], total_N[part], grad_N[part], last)
             if grad_hidden is not None:
-                torch.mm(grad_NV, weight_VH, out=grad_hidden[part])
+                multiply_rows(grad_NV, weight_VH, grad_hidden[part])
             if grad_weight is not None and grad_weight.dtype == grad_NV.dtype:
                 grad_weight.addmm_(grad_NV.t(), hidden_NH[part])
             elif grad_weight is not None:

@@ -1,7 +1,8 @@
-"""Core attention on torch's scaled_dot_product_attention: causal, grouped queries, no positions, packed rows."""
+"""Core attention: causal, grouped queries, no positions, packed rows. In PyTorch, or on one CPU thread in C."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_cascade.models.attention_native import attend, usable
 from nemo_cascade.models.context import RowCut
-from nemo_cascade.models.packed import PackedRow, pack, unpack
+from nemo_cascade.models.packed import PackedLayout, PackedRow, pack, unpack
 
 
 class CoreAttention(MegatronModule):
@@ -40,7 +42,15 @@ class CoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackedRow)
         if packed_seq_params.cut is not None:
             return self._cut(query, key, value, packed_seq_params.cut)
-        layout = packed_seq_params.layout
+        if usable(query, key, value):
+            bounds = (0, *itertools.accumulate(packed_seq_params.lengths))
+            return attend(query, key, value, bounds, self.scale)
+        return self._in_blocks(query, key, value, packed_seq_params.layout)
+
+    def _in_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
+    ) -> torch.Tensor:
+        """With torch's scaled_dot_product_attention, on the row unpacked into padded blocks."""
         tokens, heads, width = query.shape
         groups = key.shape[1]
         parts = [part.reshape(tokens, -1) for part in (query, key, value)]

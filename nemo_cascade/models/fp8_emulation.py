@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -158,30 +157,6 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, recipe: BlockRecipe) -> to
     flat = x.reshape(-1, x.shape[-1])
     output: torch.Tensor = _Fp8Linear.apply(flat, weight, recipe)
     return output.view(*x.shape[:-1], weight.shape[0])
-
-
-def parallel_linear(
-    recipe: BlockRecipe,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    allreduce_dgrad: bool = False,
-    sequence_parallel: bool = False,
-    tp_group: torch.distributed.ProcessGroup | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """The product inside Megatron's ColumnParallelLinear and RowParallelLinear (their `_forward_impl`).
-
-    Each rank quantises its own shard, as Transformer Engine does: a shard whose width is no multiple of the block has a
-    shorter last block, so a layout can change the rounding.
-    """
-    if sequence_parallel:
-        input = gather_from_sequence_parallel_region(input, group=tp_group)
-    elif allreduce_dgrad:
-        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    output = fp8_linear(input, weight, recipe)
-    return output if bias is None else output + bias
 
 
 def expert_products(

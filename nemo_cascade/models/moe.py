@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 
 from nemo_cascade.models.fp8_emulation import BlockRecipe, expert_products
+from nemo_cascade.models.onednn import multiply_over_rows, multiply_rows
 from nemo_cascade.models.sharding import stacked_experts
 
 
@@ -34,14 +35,14 @@ class _InTurn:
         """Each row times the matrix of its expert [T, N]."""
         out_TN = x_TK.new_empty(x_TK.shape[0], weight_EKN.shape[2])
         for expert, part in self._parts():
-            torch.mm(x_TK[part], weight_EKN[expert], out=out_TN[part])
+            multiply_rows(x_TK[part], weight_EKN[expert], out_TN[part])
         return out_TN
 
     def outer(self, left_TM: torch.Tensor, right_TN: torch.Tensor) -> torch.Tensor:
         """left^T right over the rows of each expert [E, M, N]; zero where an expert has none."""
         out_EMN = left_TM.new_zeros(len(self.counts), left_TM.shape[1], right_TN.shape[1])
         for expert, part in self._parts():
-            torch.mm(left_TM[part].t(), right_TN[part], out=out_EMN[expert])
+            multiply_over_rows(left_TM[part], right_TN[part], out_EMN[expert])
         return out_EMN
 
     def _parts(self) -> Iterator[tuple[int, slice]]:

@@ -14,7 +14,8 @@ from megatron.core.quantization.quant_config import GlobMatcher, Matcher, Recipe
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from nemo_cascade.models.dtypes import Profile, profile_of
-from nemo_cascade.models.fp8_emulation import RECIPES, parallel_linear
+from nemo_cascade.models.fp8_emulation import RECIPES, fp8_linear
+from nemo_cascade.models.linear import parallel_linear
 from nemo_cascade.models.moe import LocalExperts
 from nemo_cascade.types import UserError
 
@@ -127,6 +128,8 @@ def _emulate(model: torch.nn.Module, recipe_name: str) -> None:
             continue
         for module in layer.modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module._forward_impl = functools.partial(parallel_linear, recipe)
+                # Each rank quantises its own shard, as Transformer Engine does: a shard whose width is no multiple of
+                # the block has a shorter last block, so a layout can change the rounding.
+                module._forward_impl = functools.partial(parallel_linear, functools.partial(fp8_linear, recipe=recipe))
             elif isinstance(module, LocalExperts):
                 module.fp8 = recipe

@@ -11,7 +11,6 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from nemo_cascade.models.attention import CoreAttention
 from nemo_cascade.models.config import NemotronHConfig
+from nemo_cascade.models.linear import LocalColumnLinear, LocalRowLinear
 from nemo_cascade.models.mamba import Mamba2Mixer, MixerShape, MixerSubmodules
 from nemo_cascade.models.moe import LocalExperts
 from nemo_cascade.models.norms import RMSNorm
@@ -139,7 +139,7 @@ def local_parts(precision: str) -> Parts:
     """
     mixer = mixer_class() if torch.cuda.is_available() and precision != "fp32" else Mamba2Mixer
     return Parts(
-        stack=LocalStack, mixer=mixer, column=ColumnParallelLinear, row=RowParallelLinear,
+        stack=LocalStack, mixer=mixer, column=LocalColumnLinear, row=LocalRowLinear,
         core_attention=CoreAttention, experts=LocalExperts, norm=mixer.norm_class, mamba_norm=mixer.norm_class,
     )  # fmt: skip
 

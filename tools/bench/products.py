@@ -8,12 +8,14 @@ Left out, because they are no products: the depthwise convolution, norms, activa
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from nemo_cascade.models import onednn
 from nemo_cascade.models.config import NemotronHConfig
 
 
@@ -99,8 +101,13 @@ def total_flops(products: Counter[Product]) -> int:
     return sum(product.flops * count for product, count in products.items())
 
 
-def runner(products: Counter[Product], dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A function that computes exactly these products, by torch.mm and torch.bmm into memory that is there already."""
+def runner(
+    products: Counter[Product], dtype: torch.dtype, device: torch.device, as_ours: bool = False
+) -> Callable[[], None]:
+    """A function that computes exactly these products, by torch.mm and torch.bmm into memory that is there already.
+
+    `as_ours`: by what our layers call, which on some processors is another library (models/onednn.py).
+    """
     generator = torch.Generator().manual_seed(1)
     prepared = []
     for product, count in products.items():
@@ -108,11 +115,14 @@ def runner(products: Counter[Product], dtype: torch.dtype, device: torch.device)
         left = torch.randn(*batch, product.rows, product.inner, generator=generator).to(device, dtype)
         right = torch.randn(*batch, product.inner, product.columns, generator=generator).to(device, dtype)
         out = torch.empty(*batch, product.rows, product.columns, dtype=dtype, device=device)
-        prepared.append((torch.bmm if batch else torch.mm, left, right, out, count))
+        if as_ours and not batch:
+            prepared.append((functools.partial(onednn.multiply, left, right), count))
+        else:
+            prepared.append((functools.partial(torch.bmm if batch else torch.mm, left, right, out=out), count))
 
     def run() -> None:
-        for multiply, left, right, out, count in prepared:
+        for multiply, count in prepared:
             for _ in range(count):
-                multiply(left, right, out=out)
+                multiply()
 
     return run

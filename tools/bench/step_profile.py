@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import random
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -25,19 +27,21 @@ from nemo_cascade.algorithms.loss import cross_entropy
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.learner import parallel  # first: it sets what torch reads at import
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
+from nemo_cascade.models import attention, onednn
 from nemo_cascade.models.config import NemotronHConfig
-from nemo_cascade.models.mixer_native import MixerSizes, library
+from nemo_cascade.models.mixer_native import MixerSizes
 from nemo_cascade.types import Sequence
+from tools.bench.clock import in_turn, median_ratio
 
 # A step is cut by the outermost of these names above an operation; backward nodes are named after the forward's.
 PARTS = {
-    "projections": ("LinearWithGradAccumulation", "aten::linear"),
+    "projections": ("LinearWithGradAccumulation", "_Linear", "aten::linear"),  # and the output layer
     "experts": ("_GroupedSquaredReluMLP",),
     "mixer in C": ("_Mix",),
     "scan": ("_ChunkedScan",),
     "convolution": ("_CausalConvSilu",),
     "norms and gates": ("_GroupedRMSNorm", "_SiluGate"),
-    "attention": ("scaled_dot_product", "ScaledDotProduct"),
+    "attention": ("_Attend", "scaled_dot_product", "ScaledDotProduct"),
     "router": ("RouterGating", "TopkBackward", "aten::topk", "Sigmoid", "aten::sigmoid"),
     "log-probabilities": ("_TargetLogprobs", "_ChunkedLogprobs"),
     "optimizer": ("optimizer",),
@@ -46,17 +50,26 @@ PARTS = {
 }  # fmt: skip
 KINDS = {
     "fused kernels": (
-        "_Mix", "_MixBackward", "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "_Mix", "_MixBackward", "_Attend", "_AttendBackward", "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
-    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm"),
+    "matrix products": (
+        "aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "mkldnn::_linear_pointwise",
+    ),
     "copies": (
         "aten::copy_", "aten::cat", "aten::index_select", "aten::index", "aten::index_copy_", "aten::zero_",
         "aten::fill_", "aten::masked_select", "aten::scatter", "aten::scatter_", "aten::scatter_add_", "aten::gather",
         "aten::clone", "aten::flip", "aten::index_put_", "aten::_index_put_impl_",
     ),
 }  # fmt: skip
-REPEATS = 5
+# What a step is made of on a CPU beside PyTorch, by what one has without it; each is switched off by a function.
+REPLACED = {
+    "the mixer in PyTorch": ((MixerSizes, "usable"),),
+    "attention in PyTorch": ((attention, "usable"),),
+    "fp32 products by MKL": ((onednn, "here"),),
+    "all three": ((MixerSizes, "usable"), (attention, "usable"), (onednn, "here")),
+}
+REPEATS, GAIN_REPEATS = 5, 10
 
 
 def main() -> None:
@@ -71,8 +84,7 @@ def main() -> None:
     parallel.start(threads=1)
     config = NemotronHConfig.preset(options.model)
     found: dict[str, Any] = {"profile": profiled(config, options.sequences, options.length)}
-    if library() is not None:
-        found["mixer_gain"] = mixer_gain(config, options.sequences, options.length)
+    found["gains"] = gains(config, options.sequences, options.length)
     if not options.no_growth:
         found["growth"] = growth(config, options.length)
     if options.json:
@@ -80,8 +92,8 @@ def main() -> None:
         return
     print(f"{options.model}, {options.sequences} x {options.length} tokens: share of the step's time")
     print_profile(found["profile"])
-    if "mixer_gain" in found:
-        print(f"a step with the PyTorch mixer takes {found['mixer_gain']:.2f} times as long as with the one in C")
+    for name, ratio in found["gains"].items():
+        print(f"a step takes {ratio:.2f} times as long with {name}")
     if "growth" in found:
         print(f"\n{'step':<34}{'tokens':>8}{'parameters':>14}{'seconds':>9}{'us/token':>10}")
     for row in found.get("growth", ()):
@@ -182,19 +194,23 @@ def growth(config: NemotronHConfig, length: int) -> list[dict[str, Any]]:
     return [measured(what, model, count, length) for what, model, count in cases]
 
 
-def mixer_gain(config: NemotronHConfig, count: int, length: int) -> float:
-    """How many times longer a step takes with the PyTorch mixer than with the one in C: alternating, of medians."""
+def gains(config: NemotronHConfig, count: int, length: int) -> dict[str, float]:
+    """How many times longer a step takes with one of our CPU parts replaced by PyTorch: in turn, of medians."""
     learner, sequences = learner_of(config, count * length), sequences_of(config, count, length)
     objective = cross_entropy("token")
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for repeat in range(2 * REPEATS + 2):
-        native = repeat % 2 == 0
-        with patch.object(MixerSizes, "usable", MixerSizes.usable if native else lambda *_: False):
+    whole = "as it is"
+
+    def step(name: str) -> dict[str, float]:
+        replaced = REPLACED.get(name, ())
+        with ExitStack() as stack:
+            for owner, function in replaced:
+                stack.enter_context(patch.object(owner, function, lambda *_: False))
             started = time.process_time()
             learner.update(sequences, objective)
-            if repeat > 1:
-                seconds[native].append(time.process_time() - started)
-    return statistics.median(seconds[False]) / statistics.median(seconds[True])
+            return {name: time.process_time() - started}
+
+    seconds = in_turn([functools.partial(step, name) for name in (whole, *REPLACED)], GAIN_REPEATS, warmup=2)
+    return {name: median_ratio(seconds, name, whole) for name in REPLACED}
 
 
 def measured(what: str, config: NemotronHConfig, count: int, length: int) -> dict[str, Any]:

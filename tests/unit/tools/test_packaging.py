@@ -40,7 +40,7 @@ def test_a_plain_install_brings_configuration_and_the_nano_models(wheel, tmp_pat
     assert {f"nemo_cascade/{name}" for name in wanted} <= names
     for name in ("base/model.safetensors", "judge/model.safetensors", "tokenizer/tokenizer.json"):
         assert f"nemo_cascade/models/nano/{name}" in names
-    sources = ("models/decode_step.c", "models/mixer.c", "models/lanes.h", "models/tiles.h")
+    sources = ("models/decode_step.c", "models/mixer.c", "models/attention.c", "models/lanes.h", "models/tiles.h")
     for name in (*sources, "cascade/report.html", "reward/office_tables/emails.csv"):
         assert f"nemo_cascade/{name}" in names
     wheel.extractall(tmp_path)
