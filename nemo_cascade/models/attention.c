@@ -3,39 +3,34 @@
  * o_i = sum_{k <= i} p_ik v_k with p_ik = exp(scale q_i k_k - top_i) / total_i. A tile of keys and values is brought
  * into scratch once for all heads that read it; blocks of queries pass over it, and each query carries its highest
  * score `top`, the sum `total` of its weights and its output from tile to tile (the online softmax), so that nothing
- * has the size of length x length. Backward makes a tile's weights again from top and total. Products are made of
- * `tile`, whose sums stay in registers. Blocks and tiles are counted from the start of a sequence: its bits do not
+ * has the size of length x length. Backward makes a tile's weights again from top and total. Products (tiles.h) keep
+ * their sums in registers. Blocks and tiles are counted from the start of a sequence: its bits do not
  * depend on its neighbours. Built by native.py, called by attention_native.py.
  */
-#include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#define ROWS 16 /* queries of a block; widths are multiples of it */
-#define KEYS 64 /* keys of a tile: a multiple of ROWS, so that a block meets the diagonal in its last ROWS columns */
+#include "tiles.h"
+
+#define QUERIES 16 /* queries of a block; widths are multiples of it */
+#define KEYS 64 /* keys of a tile: a multiple of QUERIES, so that a block meets the diagonal in its last columns */
 #define WIDEST 256
-#define PITCH (WIDEST + ROWS) /* floats from row to row of a block; a power of two would use few sets of the cache */
-#define KEY_PITCH (KEYS + ROWS)
+#define PITCH (WIDEST + QUERIES) /* floats from row to row of a block; a power of two would use few sets of the cache */
+#define KEY_PITCH (KEYS + QUERIES)
 
-/* vec is the processor's vector (AVX-512 or AVX2): gcc keeps longer ones in memory. The sums of a tile are
- * TALL x WIDE of them. LOW and HIGH: the lower and the upper halves of two vectors, element by element in turn. */
-#if defined(__AVX512F__)
-#define VEC 16
-#define TALL 8
-#define LANE {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#else
-#define VEC 8
-#define TALL 4
-#define LANE {0, 1, 2, 3, 4, 5, 6, 7}
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#if PART < 8
+#error "measured with vectors of 8 and 16 floats only"
 #endif
-#define WIDE 2
-
-typedef float vec __attribute__((vector_size(4 * VEC), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * VEC), aligned(4)));
+/* The lower and the upper halves of two vectors, element by element in turn, and the numbers of a vector's elements. */
+#if PART == 16
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define PLACES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#else
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define PLACES {0, 1, 2, 3, 4, 5, 6, 7}
+#endif
+typedef int32_t ints __attribute__((vector_size(4 * PART), aligned(4)));
 
 typedef struct {
     int64_t heads, groups, width;
@@ -49,72 +44,38 @@ typedef struct {
 
 typedef struct {
     float *turned, *turned_values; /* [width][KEY_PITCH]: scale k^T and, backward, v^T */
-    float *keys, *values;          /* [KEYS][pitch]: scale k and v; forward reads no keys, backward no values */
+    float *keys, *values;          /* [KEYS][pitch]: scale k and v */
     float *dkeys, *dvalues;        /* [KEYS][pitch] */
-    float *query, *weights, *product, *upstream, *dscores; /* [ROWS][PITCH] */
-    float *per_query;                                      /* [blocks][heads of a group][2][ROWS], or less */
+    float *query, *weights, *product, *upstream, *dscores; /* [QUERIES][PITCH] */
+    float *per_query;                                      /* [blocks][heads of a group][2][QUERIES], or less */
 } Scratch;
 
-static inline int64_t pitch_of(const Shape *m) { return m->width + ROWS; }
+static inline int64_t pitch_of(const Shape *m) { return m->width + QUERIES; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t rounded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-static inline vec all(float x) { return (vec){0} + x; }
+INLINE part all(float x) { return (part){0} + x; }
 
 /* Floats of scratch for sequences of at most `longest` tokens. */
 int64_t attention_scratch(const Shape *m, int64_t longest) {
-    int64_t per_query = rounded(longest, ROWS) * 2 * (m->heads / m->groups);
-    return 2 * m->width * KEY_PITCH + 4 * KEYS * pitch_of(m) + 5 * ROWS * PITCH + per_query;
+    int64_t per_query = rounded(longest, QUERIES) * 2 * (m->heads / m->groups);
+    return 2 * m->width * KEY_PITCH + 4 * KEYS * pitch_of(m) + 5 * QUERIES * PITCH + per_query;
 }
 
 static Scratch cut(const Shape *m, float *scratch) {
     Scratch s;
     float **parts[] = {&s.turned, &s.turned_values, &s.keys,    &s.values,   &s.dkeys,   &s.dvalues,
                        &s.query,  &s.weights,       &s.product, &s.upstream, &s.dscores, &s.per_query};
-    int64_t turned = m->width * KEY_PITCH, kept = KEYS * pitch_of(m), block = ROWS * PITCH;
+    int64_t turned = m->width * KEY_PITCH, kept = KEYS * pitch_of(m), block = QUERIES * PITCH;
     int64_t sizes[] = {turned, turned, kept, kept, kept, kept, block, block, block, block, block, 0};
     for (int i = 0; i < 12; scratch += sizes[i++]) *parts[i] = scratch;
     return s;
 }
 
-/* c [tall][wide * VEC] = (or, with `add`, +=) a [tall][inner] b [inner][wide * VEC]. */
-static inline __attribute__((always_inline)) void tile(const int tall, const int wide, const int add, int64_t inner,
-                                                       const float *a, const int64_t a_row, const int64_t a_inner,
-                                                       const float *b, int64_t b_row, float *c, int64_t c_row) {
-    vec sums[TALL][WIDE];
-    for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) sums[r][v] = add ? *(vec *)(c + r * c_row + v * VEC) : all(0.0f);
-    for (int64_t i = 0; i < inner; i++, a += a_inner, b += b_row) {
-        vec row[WIDE];
-        for (int v = 0; v < wide; v++) row[v] = *(const vec *)(b + v * VEC);
-        for (int r = 0; r < tall; r++)
-            for (int v = 0; v < wide; v++) sums[r][v] += row[v] * a[r * a_row];
-    }
-    for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) *(vec *)(c + r * c_row + v * VEC) = sums[r][v];
-}
-
-/* c [rows][columns] = a [rows][inner] b [inner][columns]; a is a block. Rows are rounded up to TALL: c is scratch. */
-static void product(int64_t rows, int64_t columns, int64_t inner, const float *a, const float *b, int64_t b_row,
-                    float *c, int64_t c_row) {
-    int64_t j = 0;
-    for (; j + WIDE * VEC <= columns; j += WIDE * VEC)
-        for (int64_t r = 0; r < rows; r += TALL)
-            tile(TALL, WIDE, 0, inner, a + r * PITCH, PITCH, 1, b + j, b_row, c + r * c_row + j, c_row);
-    for (; j < columns; j += VEC)
-        for (int64_t r = 0; r < rows; r += TALL)
-            tile(TALL, 1, 0, inner, a + r * PITCH, PITCH, 1, b + j, b_row, c + r * c_row + j, c_row);
-}
-
-/* c [rows][columns] += a^T b with a [inner][rows] and b [inner][columns], both blocks. */
-static void add_turned_product(int64_t rows, int64_t columns, int64_t inner, const float *a, const float *b, float *c,
-                               int64_t c_row) {
-    int64_t j = 0;
-    for (; j + WIDE * VEC <= columns; j += WIDE * VEC)
-        for (int64_t r = 0; r < rows; r += TALL)
-            tile(TALL, WIDE, 1, inner, a + r, 1, PITCH, b + j, PITCH, c + r * c_row + j, c_row);
-    for (; j < columns; j += VEC)
-        for (int64_t r = 0; r < rows; r += TALL)
-            tile(TALL, 1, 1, inner, a + r, 1, PITCH, b + j, PITCH, c + r * c_row + j, c_row);
+/* c [rows][columns] = a b, or with `keep` of 1 added to c; a is a block, as it is or turned (a step of 1 from row to
+ * row). Rows are rounded up to what a tile has: c is scratch. */
+INLINE void block_product(int64_t rows, int64_t columns, int64_t inner, const float *a, int64_t a_row, const float *b,
+                          int64_t b_row, float keep, float *c, int64_t c_row) {
+    product(rounded(rows, ROWS), columns, inner, a, a_row, a_row == 1 ? PITCH : 1, b, b_row, keep, c, c_row);
 }
 
 /* Copies `rows` tokens of a head, times a factor for each or, without, for all of them. */
@@ -122,8 +83,8 @@ static void gather(const float *from, int64_t stride, int64_t rows, int64_t widt
                    int64_t step, float *to, int64_t pitch) {
     for (int64_t r = 0; r < rows; r++) {
         float times = factors ? factors[r * step] : factor;
-        for (int64_t i = 0; i < width; i += VEC)
-            *(vec *)(to + r * pitch + i) = *(const vec *)(from + r * stride + i) * times;
+        for (int64_t i = 0; i < width; i += PART)
+            *(part *)(to + r * pitch + i) = *(const part *)(from + r * stride + i) * times;
     }
 }
 
@@ -131,94 +92,80 @@ static void gather(const float *from, int64_t stride, int64_t rows, int64_t widt
 static void gather_block(const float *from, int64_t stride, int64_t rows, int64_t width, const float *factors,
                          int64_t step, float *to) {
     gather(from, stride, rows, width, 1.0f, factors, step, to, PITCH);
-    for (int64_t r = rows; r < rounded(rows, TALL); r++) memset(to + r * PITCH, 0, sizeof(float) * width);
+    for (int64_t r = rows; r < rounded(rows, ROWS); r++) memset(to + r * PITCH, 0, sizeof(float) * width);
 }
 
-/* to [width][KEY_PITCH] = from [rows][width]^T times a factor; columns are rounded up to ROWS, with zeros. A round
- * interleaves rows r and r + VEC / 2: the bits of an element's place, (row, column), move up by one and the highest
- * comes last. After as many rounds as a row has bits, rows and columns have changed places. */
-static void turn(const float *from, int64_t stride, int64_t rows, int64_t width, float factor, float *to) {
-    for (int64_t j = 0; j < rounded(rows, ROWS); j += VEC)
-        for (int64_t i = 0; i < width; i += VEC) {
-            vec now[VEC], next[VEC];
-            for (int r = 0; r < VEC; r++)
-                now[r] = j + r < rows ? *(const vec *)(from + (j + r) * stride + i) * factor : all(0.0f);
-            for (int bits = 1; bits < VEC; bits *= 2) {
-                for (int r = 0; r < VEC / 2; r++) {
-                    next[2 * r] = LOW(now[r], now[r + VEC / 2]);
-                    next[2 * r + 1] = HIGH(now[r], now[r + VEC / 2]);
-                }
-                memcpy(now, next, sizeof now);
-            }
-            for (int r = 0; r < VEC; r++) *(vec *)(to + (i + r) * KEY_PITCH + j) = now[r];
-        }
+/* to [width][KEY_PITCH] = the tile's keys or values [KEYS][pitch]^T, of which those beyond `rows` are made zeros. */
+static void turn(const Shape *m, int64_t rows, float *from, float *to) {
+    memset(from + rows * pitch_of(m), 0, sizeof(float) * (rounded(rows, QUERIES) - rows) * pitch_of(m));
+    transpose(rounded(rows, QUERIES), m->width, from, pitch_of(m), to, KEY_PITCH);
 }
 
-static inline vec pick(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
-static inline vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE part pick(ints mask, part yes, part no) { return (part)(((ints)yes & mask) | ((ints)no & ~mask)); }
+INLINE part larger(part a, part b) { return pick(a > b, a, b); }
 
 /* exp(x) for x of at most 88; exactly 0 below -87, where -infinity is, too; NaN stays NaN. */
-static inline vec exp_vec(vec x) {
+INLINE part exp_part(part x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
-    vec n = x * 1.44269504f + round;
+    part n = x * 1.44269504f + round;
     ints power = ((ints)n << 23) + (127 << 23);
     n -= round;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f, p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    part r = x - n * 0.693359375f + n * 2.12194440e-4f, p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return (vec)((ints)(p * (vec)power) & ~(x < -87.0f));
+    return (part)((ints)(p * (part)power) & ~(x < -87.0f));
 }
 
-/* Folds VEC rows into one: lane r is the sum, or with `top` the largest, of row r. */
-static inline __attribute__((always_inline)) vec across(vec *rows, const int top) {
-    for (int half = VEC / 2; half >= 1; half /= 2)
+/* Folds PART rows into one: lane r is the sum, or with `top` the largest, of row r. */
+INLINE part across(part *rows, const int top) {
+    for (int half = PART / 2; half >= 1; half /= 2)
         for (int r = 0; r < half; r++) {
-            vec low = LOW(rows[r], rows[r + half]), high = HIGH(rows[r], rows[r + half]);
+            part low = ZIP_LOW(rows[r], rows[r + half]), high = ZIP_HIGH(rows[r], rows[r + half]);
             rows[r] = top ? larger(low, high) : low + high;
         }
     return rows[0];
 }
 
-/* Puts `fill` where the key of a column comes after the query: `corner` is row r of the ROWS last columns. */
+/* Puts `fill` where the key of a column comes after the query: `corner` is row r of the QUERIES last columns. */
 static inline void mask(float *corner, int64_t r, float fill) {
-    for (int v = 0; v < ROWS; v += VEC)
-        *(vec *)(corner + v) = pick((ints)LANE + v > (int)r, all(fill), *(vec *)(corner + v));
+    for (int v = 0; v < QUERIES; v += PART)
+        *(part *)(corner + v) = pick((ints)PLACES + v > (int)r, all(fill), *(part *)(corner + v));
 }
 
 /* What goes from tile to tile with the queries of a block. */
 typedef struct {
-    float *top, *total; /* [ROWS]: highest score and sum of the weights exp(score - top) so far */
-    float kept[ROWS];   /* what output so far must be multiplied by */
+    float *top, *total; /* [QUERIES]: highest score and sum of the weights exp(score - top) so far */
+    float kept[QUERIES];   /* what output so far must be multiplied by */
 } Running;
 
 /* Makes weights of scores [rows][count]. */
 static void soften(int64_t rows, int64_t count, int diagonal, int first, float *scores, Running *to) {
-    vec part[ROWS];
+    part folded[QUERIES];
     for (int64_t r = 0; r < rows; r++) {
         float *row = scores + r * PITCH;
-        if (diagonal) mask(row + count - ROWS, r, -INFINITY);
-        part[r] = *(vec *)row;
-        for (int64_t k = VEC; k < count; k += VEC) part[r] = larger(part[r], *(vec *)(row + k));
+        if (diagonal) mask(row + count - QUERIES, r, -INFINITY);
+        folded[r] = *(part *)row;
+        for (int64_t k = PART; k < count; k += PART) folded[r] = larger(folded[r], *(part *)(row + k));
     }
-    for (int64_t r = rows; r < ROWS; r++) part[r] = all(0.0f);
-    for (int v = 0; v < ROWS; v += VEC) {
-        vec before = first ? all(-INFINITY) : *(vec *)(to->top + v), top = larger(before, across(part + v, 1));
-        *(vec *)(to->top + v) = top;
-        *(vec *)(to->kept + v) = exp_vec(before - top);
+    for (int64_t r = rows; r < QUERIES; r++) folded[r] = all(0.0f);
+    for (int v = 0; v < QUERIES; v += PART) {
+        part before = first ? all(-INFINITY) : *(part *)(to->top + v), top = larger(before, across(folded + v, 1));
+        *(part *)(to->top + v) = top;
+        *(part *)(to->kept + v) = exp_part(before - top);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *row = scores + r * PITCH, top = to->top[r];
-        vec sum = all(0.0f);
-        for (int64_t k = 0; k < count; k += VEC) sum += *(vec *)(row + k) = exp_vec(*(vec *)(row + k) - top);
-        part[r] = sum;
+        part sum = all(0.0f);
+        for (int64_t k = 0; k < count; k += PART) sum += *(part *)(row + k) = exp_part(*(part *)(row + k) - top);
+        folded[r] = sum;
     }
-    for (int64_t r = rows; r < ROWS; r++) part[r] = all(0.0f);
-    for (int v = 0; v < ROWS; v += VEC) {
-        vec sums = across(part + v, 0), *total = (vec *)(to->total + v);
-        *total = first ? sums : *total * *(vec *)(to->kept + v) + sums;
+    for (int64_t r = rows; r < QUERIES; r++) folded[r] = all(0.0f);
+    for (int v = 0; v < QUERIES; v += PART) {
+        part sums = across(folded + v, 0), *total = (part *)(to->total + v);
+        *total = first ? sums : *total * *(part *)(to->kept + v) + sums;
     }
 }
 
@@ -234,25 +181,27 @@ void attention_forward(const Shape *m, const View *query, const View *key, const
                 int64_t keys = least(KEYS, end - at), first = at == begin;
                 const float *k = key->data + at * key->token + g * key->head;
                 const float *v = value->data + at * value->token + g * value->head;
-                turn(k, key->token, keys, P, m->scale, s.turned);
+                gather(k, key->token, keys, P, m->scale, 0, 0, s.keys, pitch);
                 gather(v, value->token, keys, P, 1.0f, 0, 0, s.values, pitch);
+                turn(m, keys, s.keys, s.turned);
                 for (int64_t h = g * per; h < (g + 1) * per; h++)
-                    for (int64_t i = at; i < end; i += ROWS) {
-                        int64_t rows = least(ROWS, end - i), count = least(KEYS, i + ROWS - at);
+                    for (int64_t i = at; i < end; i += QUERIES) {
+                        int64_t rows = least(QUERIES, end - i), count = least(KEYS, i + QUERIES - at);
                         int64_t diagonal = i < at + KEYS;
                         const float *from = query->data + i * query->token + h * query->head;
-                        float *top = s.per_query + ((i - begin) / ROWS * per + h - g * per) * 2 * ROWS;
-                        Running to = {top, top + ROWS, {0}};
+                        float *top = s.per_query + ((i - begin) / QUERIES * per + h - g * per) * 2 * QUERIES;
+                        Running to = {top, top + QUERIES, {0}};
                         gather_block(from, query->token, rows, P, 0, 0, s.query);
-                        product(rows, count, P, s.query, s.turned, KEY_PITCH, s.weights, PITCH);
-                        soften(rounded(rows, TALL), count, diagonal, first, s.weights, &to);
-                        product(rows, P, least(count, keys), s.weights, s.values, pitch, s.product, PITCH);
+                        block_product(rows, count, P, s.query, PITCH, s.turned, KEY_PITCH, 0.0f, s.weights, PITCH);
+                        soften(rounded(rows, ROWS), count, diagonal, first, s.weights, &to);
+                        block_product(rows, P, least(count, keys), s.weights, PITCH, s.values, pitch, 0.0f, s.product,
+                                      PITCH);
                         for (int64_t r = 0; r < rows; r++) {
                             float *o = out + ((i + r) * H + h) * P, inverse = diagonal ? 1.0f / to.total[r] : 1.0f;
-                            for (int64_t p = 0; p < P; p += VEC) {
-                                vec sum = *(vec *)(s.product + r * PITCH + p);
-                                if (!first) sum += *(vec *)(o + p) * to.kept[r];
-                                *(vec *)(o + p) = sum * inverse;
+                            for (int64_t p = 0; p < P; p += PART) {
+                                part sum = *(part *)(s.product + r * PITCH + p);
+                                if (!first) sum += *(part *)(o + p) * to.kept[r];
+                                *(part *)(o + p) = sum * inverse;
                             }
                             tops[(i + r) * H + h] = to.top[r];
                             inverses[(i + r) * H + h] = inverse;
@@ -276,26 +225,26 @@ static void block_back(const Shape *m, const Scratch *s, const Queries *b, int64
     int64_t P = m->width, wide = m->heads * P, pitch = pitch_of(m);
     gather_block(b->query, b->stride, rows, P, 0, 0, s->query);
     gather_block(b->dout, wide, rows, P, b->inverses, b->step, s->upstream);
-    product(rows, count, P, s->query, s->turned, KEY_PITCH, s->weights, PITCH);
-    product(rows, count, P, s->upstream, s->turned_values, KEY_PITCH, s->dscores, PITCH);
+    block_product(rows, count, P, s->query, PITCH, s->turned, KEY_PITCH, 0.0f, s->weights, PITCH);
+    block_product(rows, count, P, s->upstream, PITCH, s->turned_values, KEY_PITCH, 0.0f, s->dscores, PITCH);
     for (int64_t r = 0; r < rows; r++) {
         float *w = s->weights + r * PITCH, *d = s->dscores + r * PITCH, top = b->tops[r * b->step];
-        for (int64_t k = 0; k < count; k += VEC) {
-            vec weight = exp_vec(*(vec *)(w + k) - top);
-            *(vec *)(w + k) = weight;
-            *(vec *)(d + k) = weight * (*(vec *)(d + k) - b->through[r]);
+        for (int64_t k = 0; k < count; k += PART) {
+            part weight = exp_part(*(part *)(w + k) - top);
+            *(part *)(w + k) = weight;
+            *(part *)(d + k) = weight * (*(part *)(d + k) - b->through[r]);
         }
         if (diagonal) {
-            mask(w + count - ROWS, r, 0.0f);
-            mask(d + count - ROWS, r, 0.0f);
+            mask(w + count - QUERIES, r, 0.0f);
+            mask(d + count - QUERIES, r, 0.0f);
         }
     }
-    add_turned_product(least(count, keys), P, rows, s->weights, s->upstream, s->dvalues, pitch);
-    add_turned_product(least(count, keys), P, rows, s->dscores, s->query, s->dkeys, pitch);
-    product(rows, P, least(count, keys), s->dscores, s->keys, pitch, s->product, PITCH);
+    block_product(least(count, keys), P, rows, s->weights, 1, s->upstream, PITCH, 1.0f, s->dvalues, pitch);
+    block_product(least(count, keys), P, rows, s->dscores, 1, s->query, PITCH, 1.0f, s->dkeys, pitch);
+    block_product(rows, P, least(count, keys), s->dscores, PITCH, s->keys, pitch, 0.0f, s->product, PITCH);
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t p = 0; p < P; p += VEC) {
-            vec sum = *(vec *)(s->product + r * PITCH + p), *to = (vec *)(b->dquery + r * wide + p);
+        for (int64_t p = 0; p < P; p += PART) {
+            part sum = *(part *)(s->product + r * PITCH + p), *to = (part *)(b->dquery + r * wide + p);
             *to = first ? sum : *to + sum;
         }
 }
@@ -321,20 +270,21 @@ void attention_backward(const Shape *m, const View *query, const View *key, cons
                 int64_t keys = least(KEYS, end - at);
                 const float *k = key->data + at * key->token + g * key->head;
                 const float *v = value->data + at * value->token + g * value->head;
-                turn(k, key->token, keys, P, m->scale, s.turned);
-                turn(v, value->token, keys, P, 1.0f, s.turned_values);
                 gather(k, key->token, keys, P, m->scale, 0, 0, s.keys, pitch);
-                memset(s.dkeys, 0, sizeof(float) * rounded(keys, TALL) * pitch);
-                memset(s.dvalues, 0, sizeof(float) * rounded(keys, TALL) * pitch);
+                gather(v, value->token, keys, P, 1.0f, 0, 0, s.values, pitch);
+                turn(m, keys, s.keys, s.turned);
+                turn(m, keys, s.values, s.turned_values);
+                memset(s.dkeys, 0, sizeof(float) * rounded(keys, ROWS) * pitch);
+                memset(s.dvalues, 0, sizeof(float) * rounded(keys, ROWS) * pitch);
                 for (int64_t h = g * per; h < (g + 1) * per; h++)
-                    for (int64_t i = at; i < end; i += ROWS) {
+                    for (int64_t i = at; i < end; i += QUERIES) {
                         int64_t place = i * H + h;
                         const float *from = query->data + i * query->token + h * query->head;
                         const float *through = s.per_query + (h - g * per) * length + i - begin;
                         Queries block = {from, dout + place * P, tops + place, inverses + place, through,
                                          dquery + place * P, query->token, H};
-                        block_back(m, &s, &block, least(ROWS, end - i), least(KEYS, i + ROWS - at), keys, i < at + KEYS,
-                                   at == begin);
+                        block_back(m, &s, &block, least(QUERIES, end - i), least(KEYS, i + QUERIES - at), keys,
+                                   i < at + KEYS, at == begin);
                     }
                 gather(s.dkeys, pitch, keys, P, m->scale, 0, 0, dkey + (at * G + g) * P, G * P);
                 gather(s.dvalues, pitch, keys, P, 1.0f, 0, 0, dvalue + (at * G + g) * P, G * P);

@@ -43,13 +43,15 @@ INLINE void tile(const int rows, const int parts, int64_t depth, const float *A,
                  const float *B, int64_t b_row, float keep, float *out, int64_t out_row) {
     const float *low = A, *high = A + 4 * a_row; /* two pointers and three distances reach eight rows */
     part made[ROWS][2] = {{{0}}};
+    for (int r = 0; r < rows && keep == 1.0f; r++)
+        for (int p = 0; p < parts; p++) made[r][p] = ((part *)(out + r * out_row))[p];
     for (int64_t k = 0; k < depth; k++, low += a_column, high += a_column, B += b_row)
         for (int p = 0; p < parts; p++)
             for (int r = 0; r < rows; r++) made[r][p] += ((const part *)B)[p] * (r < 4 ? low : high)[r % 4 * a_row];
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++) {
             part *to = (part *)(out + r * out_row) + p;
-            *to = keep == 0.0f ? made[r][p] : *to * keep + made[r][p];
+            *to = keep == 0.0f || keep == 1.0f ? made[r][p] : *to * keep + made[r][p];
         }
 }
 
