@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from nemo_cascade.models.native import compiled
 
 LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.c")
-ROWS, WIDEST = 16, 256  # as in the C file
+QUERIES, WIDEST = 16, 256  # as in the C file
 MEASURED = ("AVX2", "AVX512")  # by torch's name; with vectors of 4 floats it was slower than torch
 
 
@@ -53,7 +54,7 @@ def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     ):
         return False
     width = query.shape[2]
-    return width % ROWS == 0 and width <= WIDEST and library() is not None
+    return width % QUERIES == 0 and width <= WIDEST and library() is not None
 
 
 def attend(
@@ -90,6 +91,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, tops, inverses = ctx.saved_tensors
         loaded, shape, bounds = library(), ctx.shape, ctx.bounds

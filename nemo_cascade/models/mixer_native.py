@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from nemo_cascade.models.native import compiled
 
@@ -104,6 +105,7 @@ class _Mix(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         row_TC, y, states, *operands = ctx.saved_tensors
         loaded, shape, bounds = library(), ctx.sizes.struct(), ctx.bounds

@@ -2,8 +2,9 @@
 
 PyTorch's x86 wheels hold both libraries and multiply fp32 with MKL, which keeps its AVX-512 kernels for Intel's
 processors. On those of AMD that have AVX-512, oneDNN computes the same products in about half the time
-(`python -m tools.bench.learner` prints both). It compiles a kernel for every new shape, in a third of a millisecond,
-and keeps a thousand: so a number of rows that changes from call to call is cut at a multiple of ROWS.
+(`python -m tools.bench.learner` prints both). It compiles a kernel for every new shape and keeps a thousand. For an
+expert, whose rows are few and change in number with every call, that would cost what it gains: they are cut at a
+multiple of ROWS.
 
 Everywhere else, for small products, and with NEMO_CASCADE_NATIVE=0 or torch.backends.mkldnn disabled, MKL multiplies.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 LOG = logging.getLogger(__name__)
 ROWS = 64
@@ -58,12 +60,14 @@ def _worth(left_MK: torch.Tensor, right_KN: torch.Tensor) -> bool:
 def _product(left_MK: torch.Tensor, right_KN: torch.Tensor) -> torch.Tensor:
     """oneDNN's fully connected layer: input [M, K], which must lie row by row in memory, and weight [N, K].
 
-    Where both factors lie the other way (the gradient of a weight), one is copied: the smaller.
+    Where both factors lie the other way (the gradient of a weight), one is copied: the smaller. The product is then a
+    transposed view.
     """
-    if not left_MK.is_contiguous() and right_KN.shape[1] < left_MK.shape[0]:
-        return _product(right_KN.t().contiguous(), left_MK.t()).t()
+    swapped = right_KN.t()
+    if not left_MK.is_contiguous() and (swapped.is_contiguous() or swapped.shape[0] < left_MK.shape[0]):
+        return _product(swapped.contiguous(), left_MK.t()).t()
     made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        left_MK.contiguous(), _dense(right_KN.t()), None, "none", [], None
+        left_MK.contiguous(), _dense(swapped), None, "none", [], None
     )
     return made
 
@@ -74,7 +78,7 @@ def _dense(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def multiply(left_MK: torch.Tensor, right_KN: torch.Tensor) -> torch.Tensor:
-    """left right [M, N]. Not differentiable: `linear` is."""
+    """left right [M, N], row by row in memory where `left_MK` is. Not differentiable: `linear` is."""
     return _product(left_MK, right_KN) if _worth(left_MK, right_KN) else torch.mm(left_MK, right_KN)
 
 
@@ -101,19 +105,21 @@ def multiply_over_rows(left_TM: torch.Tensor, right_TN: torch.Tensor, out_MN: to
 
 
 class _Linear(torch.autograd.Function):
-    """x weight^T; x [..., K], weight [N, K]."""
+    """x weight^T; x [T, K], weight [N, K]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight_NK)
-        return multiply(x.reshape(-1, x.shape[-1]), weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
+    def forward(ctx: Any, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TK, weight_NK)
+        # by rows, as all of what leaves here: Megatron adds up over ranks in place, in a copy of what lies otherwise
+        return multiply(x_TK.contiguous(), weight_NK.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        x, weight_NK = ctx.saved_tensors
-        grad_TN = grad.reshape(-1, grad.shape[-1])
-        of_x = multiply(grad_TN, weight_NK).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = multiply(grad_TN.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+    @once_differentiable
+    def backward(ctx: Any, grad_TN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x_TK, weight_NK = ctx.saved_tensors
+        grad_TN = grad_TN.contiguous()
+        of_x = multiply(grad_TN, weight_NK) if ctx.needs_input_grad[0] else None
+        of_weight = multiply(grad_TN.t(), x_TK) if ctx.needs_input_grad[1] else None
         return of_x, of_weight
 
 
@@ -121,5 +127,5 @@ def linear(x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     """torch.nn.functional.linear without a bias."""
     if not usable(x, weight_NK):
         return F.linear(x, weight_NK)
-    out: torch.Tensor = _Linear.apply(x, weight_NK)
-    return out
+    out_TN: torch.Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_NK)
+    return out_TN.view(*x.shape[:-1], weight_NK.shape[0])

@@ -27,7 +27,7 @@ from nemo_cascade.algorithms.loss import cross_entropy
 from nemo_cascade.config.schema import HardwareConfig, OptimizerConfig
 from nemo_cascade.learner import parallel  # first: it sets what torch reads at import
 from nemo_cascade.learner.megatron import LearnerSettings, MegatronLearner
-from nemo_cascade.models import attention, onednn
+from nemo_cascade.models import attention, attention_native, mixer_native, onednn
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.mixer_native import MixerSizes
 from nemo_cascade.types import Sequence
@@ -62,12 +62,12 @@ KINDS = {
         "aten::clone", "aten::flip", "aten::index_put_", "aten::_index_put_impl_",
     ),
 }  # fmt: skip
-# What a step is made of on a CPU beside PyTorch, by what one has without it; each is switched off by a function.
+# What a step is made of on a CPU beside PyTorch, by what one has without it: the function that switches it off, and
+# whether this machine has it.
 REPLACED = {
-    "the mixer in PyTorch": ((MixerSizes, "usable"),),
-    "attention in PyTorch": ((attention, "usable"),),
-    "fp32 products by MKL": ((onednn, "here"),),
-    "all three": ((MixerSizes, "usable"), (attention, "usable"), (onednn, "here")),
+    "the mixer in PyTorch": ((MixerSizes, "usable"), mixer_native.library),
+    "attention in PyTorch": ((attention, "usable"), attention_native.library),
+    "fp32 products by MKL": ((onednn, "here"), onednn.here),
 }
 REPEATS, GAIN_REPEATS = 5, 10
 
@@ -198,19 +198,20 @@ def gains(config: NemotronHConfig, count: int, length: int) -> dict[str, float]:
     """How many times longer a step takes with one of our CPU parts replaced by PyTorch: in turn, of medians."""
     learner, sequences = learner_of(config, count * length), sequences_of(config, count, length)
     objective = cross_entropy("token")
+    cases = {name: [switch] for name, (switch, there) in REPLACED.items() if there()}
+    cases |= {"all of these": [switch for switches in cases.values() for switch in switches]} if cases else {}
     whole = "as it is"
 
     def step(name: str) -> dict[str, float]:
-        replaced = REPLACED.get(name, ())
         with ExitStack() as stack:
-            for owner, function in replaced:
+            for owner, function in cases.get(name, []):
                 stack.enter_context(patch.object(owner, function, lambda *_: False))
             started = time.process_time()
             learner.update(sequences, objective)
             return {name: time.process_time() - started}
 
-    seconds = in_turn([functools.partial(step, name) for name in (whole, *REPLACED)], GAIN_REPEATS, warmup=2)
-    return {name: median_ratio(seconds, name, whole) for name in REPLACED}
+    seconds = in_turn([functools.partial(step, name) for name in (whole, *cases)], GAIN_REPEATS, warmup=2)
+    return {name: median_ratio(seconds, name, whole) for name in cases}
 
 
 def measured(what: str, config: NemotronHConfig, count: int, length: int) -> dict[str, Any]:

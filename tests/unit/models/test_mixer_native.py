@@ -126,6 +126,27 @@ def test_a_sequence_has_the_same_bits_alone_and_packed(layout: ParallelLayout) -
     assert packed.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_is_seen(layout: ParallelLayout, bad: float) -> None:
+    """In every column of one token: its sequence's output and gradients say so, other sequences' rows do not."""
+    mixer = mixer_of(CONFIG, layout)
+    hidden, _, bounds = problem(CONFIG)
+    projected = mixer.in_proj(hidden.unsqueeze(1))[0][:, 0].detach()
+    conv = mixer.conv1d.weight.squeeze(1)
+    weights = (conv, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
+    begin, end = bounds.tolist()[5:7]
+    for column in range(projected.shape[1]):
+        row = projected.clone()
+        row[begin + 20, column] = bad
+        row.requires_grad_()
+        out = mix(row, weights, bounds.tolist(), mixer.sizes)
+        (grad,) = torch.autograd.grad((out**2).sum(), row)
+        assert not out[begin + 20 : end].isfinite().all(), column
+        assert not grad[begin:end].isfinite().all(), column
+        for value in (out, grad):
+            assert value[:begin].isfinite().all() and value[end:].isfinite().all()
+
+
 def test_what_it_does_not_take_goes_to_pytorch() -> None:
     sizes = MixerSizes(heads=4, width=16, groups=2, state=6, taps=4, eps=1e-5)
     row = torch.zeros(3, 4)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nemo_cascade.models import onednn
 from nemo_cascade.models.moe import expert_kernel
+from tests import ranks
+from tests.unit.models import linear_over_ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN")
 CPUINFO = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: A : B\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\n"
@@ -98,18 +102,46 @@ def test_experts_get_their_own_rows(calls: list[tuple[int, int, int]]) -> None:
     assert {call[0] for call in calls} == {256, 128, LARGE}
 
 
-@pytest.mark.parametrize("upstream", ["dense", "expanded"])
-def test_gradients_are_those_of_the_linear_layer(upstream: str) -> None:
-    """Also from a gradient that is one number in memory, as a sum gives it."""
+@pytest.mark.parametrize("upstream", ["dense", "expanded", "turned"])
+def test_values_and_gradients_are_those_of_the_linear_layer(upstream: str) -> None:
+    """Also from a gradient that is one number in memory, as a sum gives it; output and gradient lie row by row."""
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(5, 64, LARGE, generator=generator, requires_grad=True)
+    x = torch.randn(320, LARGE, generator=generator, requires_grad=True)
     weight = torch.randn(200, LARGE, generator=generator, requires_grad=True)
-    grad = torch.randn(5, 64, 200, generator=generator) if upstream == "dense" else torch.ones(()).expand(5, 64, 200)
-    found = torch.autograd.grad(onednn.linear(x, weight), (x, weight), grad)
+    grad = torch.randn(320, 200, generator=generator)
+    grad = {"dense": grad, "expanded": torch.ones(()).expand(320, 200), "turned": stored(grad, "columns")}[upstream]
+    out = onednn.linear(x if upstream == "dense" else stored(x, "columns"), weight)
+    found = torch.autograd.grad(out, (x, weight), grad)
     wide = [value.detach().double().requires_grad_() for value in (x, weight)]
-    expected = torch.autograd.grad(torch.nn.functional.linear(*wide), wide, grad.double())
-    for ours, theirs in zip(found, expected, strict=True):
+    expected = torch.nn.functional.linear(*wide)
+    close(out, expected)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, wide, grad.double()), strict=True):
         close(ours, theirs)
+    assert out.is_contiguous() and found[0].is_contiguous()
+
+
+def test_more_dimensions_and_change_in_place() -> None:
+    """As with torch's layer, what comes out may be overwritten by what follows."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(5, 64, LARGE, generator=generator), torch.randn(200, LARGE, generator=generator)
+    weight.requires_grad_()
+    out = onednn.linear(x, weight).mul_(2.0)
+    assert out.shape == (5, 64, 200)
+    out.sum().backward()
+    close(weight.grad, 2.0 * x.double().sum((0, 1)).expand(200, LARGE))
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    """The node knows first derivatives only; silence would be a wrong number."""
+    x = torch.randn(LARGE, LARGE, requires_grad=True)
+    first = torch.autograd.grad(onednn.linear(x, x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_ranks_that_share_a_layer_add_up(tmp_path: Path) -> None:
+    """Columns and rows of a weight on two ranks: values and gradients of one, however tensors lie in memory."""
+    ranks.run(linear_over_ranks.__file__, str(tmp_path))
 
 
 def test_only_the_gradient_that_is_wanted_is_computed(calls: list[tuple[int, int, int]]) -> None:
@@ -163,7 +195,18 @@ def test_a_processor_that_says_something_else(text: str) -> None:
     assert onednn.amd_with_avx512(text) is False
 
 
-def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux says there what the processor is")
+def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor, the environment, and whether this PyTorch has oneDNN."""
     monkeypatch.undo()
+    monkeypatch.delenv("NEMO_CASCADE_NATIVE", raising=False)
+    decide = onednn.here.__wrapped__
+    monkeypatch.setattr(onednn, "amd_with_avx512", lambda _: False)
+    assert decide() is False
+    monkeypatch.setattr(onednn, "amd_with_avx512", lambda _: True)
+    assert decide() is True
     monkeypatch.setenv("NEMO_CASCADE_NATIVE", "0")
-    assert onednn.here.__wrapped__() is False
+    assert decide() is False
+    monkeypatch.delenv("NEMO_CASCADE_NATIVE")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert decide() is False
