@@ -15,7 +15,10 @@ from nemo_cascade.models.attention_native import attend, library, usable
 from nemo_cascade.models.config import NemotronHConfig
 from nemo_cascade.models.packed import packed_row
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler, or neither AVX2 nor AVX-512")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(library() is None, reason="no C compiler, or neither AVX2 nor AVX-512"),
+]
 
 CONFIG = NemotronHConfig(
     vocab_size=32, hidden_size=24, hybrid_override_pattern="M*E*", num_attention_heads=4, num_key_value_heads=2,
@@ -25,14 +28,6 @@ CONFIG = NemotronHConfig(
 LENGTHS = [1, 2, 15, 16, 17, 128, 300, 1]
 BOUNDS = [0, *itertools.accumulate(LENGTHS)]
 TOKENS = BOUNDS[-1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(heads: int, groups: int, width: int) -> list[torch.Tensor]:

@@ -16,7 +16,10 @@ from nemo_cascade.models.mixer_native import CHUNK, MixerSizes, library, mix
 from nemo_cascade.models.packed import packed_row
 from tests.numerics.test_mixer import recurrence
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(library() is None, reason="no C compiler"),
+]
 
 CONFIG = NemotronHConfig(
     vocab_size=16, hidden_size=24, hybrid_override_pattern="M", num_attention_heads=2, num_key_value_heads=1,
@@ -27,14 +30,6 @@ WIDER = dataclasses.replace(CONFIG, mamba_num_heads=2, mamba_head_dim=48, n_grou
 # whole tiles and their remainders
 SQUARES = dataclasses.replace(CONFIG, mamba_head_dim=32, ssm_state_size=18, conv_kernel=2)
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()
